@@ -1,0 +1,3 @@
+package main
+import _ "go.mau.fi/whatsmeow"
+func main(){}
