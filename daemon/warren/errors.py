@@ -1,0 +1,80 @@
+"""Errors that speak to people: what is wrong, why, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class WarrenError(Exception):
+    """Base of every error warren raises on purpose.
+
+    `code` is stable and meant for programs; `message` and `hint` are sentences for people. `hint` says what to do, `retryable`
+    whether the same request may succeed later without anybody changing anything.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".rstrip()
+
+
+class ConfigError(WarrenError):
+    """A setting is missing, malformed or contradicts another; the message names it."""
+
+    code = "config"
+
+
+class BrokerUnavailable(WarrenError):
+    """RabbitMQ cannot be reached, started or used."""
+
+    code = "broker_unavailable"
+    retryable = True
+
+
+class OwnershipError(WarrenError):
+    """Somebody else holds the session or the state directory."""
+
+    code = "owned_elsewhere"
+    retryable = True
+
+
+class StateError(WarrenError):
+    """State on disk exists but cannot be used. Never answered by starting afresh over it."""
+
+    code = "state_unreadable"
+
+
+class EngineError(WarrenError):
+    """The engine refused a request or is not there. `engine_code` is its word (see docs/engine-protocol.md)."""
+
+    code = "engine"
+    retryable = True
+
+    def __init__(self, message: str, *, engine_code: str, server_code: int | None = None, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.engine_code = engine_code
+        self.server_code = server_code
+
+
+class FrameError(WarrenError):
+    """Bytes from the engine that are not a frame of the protocol: the two sides no longer agree."""
+
+    code = "frame"
+
+
+class CommandError(WarrenError):
+    """Why a command failed, as its outcome tells the sender. `final` failures are kept in the journal."""
+
+    def __init__(
+        self, code: str, message: str, *, hint: str = "", final: bool = True, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = code
+        self.final = final
+        self.retry_after = retry_after

@@ -1,0 +1,248 @@
+"""The seams between services and edges: small Protocols over plain records."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+# --- RabbitMQ ---------------------------------------------------------------------------------------------------------
+
+
+class Published(Enum):
+    """What became of a publish."""
+
+    CONFIRMED = "confirmed"
+    REFUSED = "refused"
+    """The broker said no (nack, unknown exchange, too large): the message is not stored."""
+    UNKNOWN = "unknown"
+    """No confirm came: it may be stored or not. Publish again with the same id; never assume either."""
+
+
+class Incoming(Protocol):
+    """One message from RabbitMQ that is not settled yet. Settling never raises: on a lost channel RabbitMQ redelivers."""
+
+    body: bytes
+    exchange: str
+    """The exchange the client published to, also when the message took the way over an alternate exchange."""
+    routing_key: str
+    message_id: str | None
+    reply_to: str | None
+    correlation_id: str | None
+    redelivered: bool
+
+    async def ack(self) -> None: ...
+
+    async def requeue(self) -> None:
+        """Give it back to its queue, at its old place as far as the broker can."""
+        ...
+
+
+OnMessage = Callable[[Incoming], None]
+"""Called in the event loop, for each message in order; it must only hand over (it may not block, await or raise)."""
+
+
+class Claim(Protocol):
+    """One session's hold on RabbitMQ: the ownership lock, its two queues, its consumers, on a channel of its own.
+
+    A claim is kept until released: after a lost connection the edge takes the lock again (waiting while somebody else holds it),
+    declares the queues again and consumes again, by itself.
+    """
+
+    @property
+    def held(self) -> bool:
+        """Whether the lock is ours right now."""
+        ...
+
+    async def consume_work(self) -> None:
+        """Start consuming `warren.session.<id>` (idempotent). Kept up over reconnects."""
+        ...
+
+    async def pause_work(self) -> None:
+        """Stop consuming `warren.session.<id>` (idempotent); messages handed over before stay unsettled."""
+        ...
+
+    async def release(self, *, remove: bool = False) -> None:
+        """Stop consuming and give up the lock. `remove` (logout) also unbinds and deletes both queues, after handing what is
+        left in them to the callbacks it was claimed with (so that each still gets its answer)."""
+        ...
+
+
+class Bus(Protocol):
+    """RabbitMQ as the services see it. Connections, reconnects and declarations are the edge's own business."""
+
+    @property
+    def connected(self) -> asyncio.Event:
+        """Set while both connections are up and the topology is declared."""
+        ...
+
+    async def publish(
+        self, exchange: str, routing_key: str, body: bytes, *, message_id: str, content_type: str, headers: dict[str, str]
+    ) -> Published:
+        """Publish persistently and wait for the confirm, at most the configured time. Never raises for broker trouble."""
+        ...
+
+    async def reply(self, reply_to: str, correlation_id: str | None, body: bytes) -> None:
+        """Best effort, to the default exchange, not confirmed."""
+        ...
+
+    async def claim(self, session: str, *, on_control: OnMessage, on_work: OnMessage) -> Claim:
+        """Take the session. Raises OwnershipError when somebody else holds it, BrokerUnavailable when RabbitMQ is away."""
+        ...
+
+    def keep_claim(self, session: str, *, on_control: OnMessage, on_work: OnMessage) -> Claim:
+        """Like `claim` but at once, for sessions that are ours by our own records: the edge goes on trying until it is held."""
+        ...
+
+
+# --- warren.db --------------------------------------------------------------------------------------------------------
+
+
+class Desired(Enum):
+    """What the registry wants of a session."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    GONE = "gone"
+    """Logged out and removed: only the epoch is remembered, so that a later session of the same name continues it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A row of the registry."""
+
+    session: str
+    epoch: int
+    desired: Desired
+    sequence: int = 0
+    """The last sequence used in this epoch."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    paired: bool = False
+    """A device row was seen: from now on a missing state is a loss to report, not a reason to pair afresh."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRow:
+    """An event on its way to RabbitMQ, as it will be published (`body` is the finished CloudEvent)."""
+
+    session: str
+    epoch: int
+    sequence: int
+    event_id: str
+    event: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRow:
+    """The final outcome of a command."""
+
+    session: str
+    command_id: str
+    fingerprint: str
+    outcome: bytes
+    """The outcome as JSON, without the envelope."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddEvent:
+    row: OutboxRow
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveEvents:
+    """Confirmed rows, by (session, epoch, sequence)."""
+
+    keys: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PutOutcome:
+    row: JournalRow
+
+
+@dataclass(frozen=True, slots=True)
+class PutSession:
+    """Insert or replace a registry row. Its `sequence` is only used for a new (session, epoch): AddEvent keeps it after that."""
+
+    record: SessionRecord
+
+
+Write = AddEvent | RemoveEvents | PutOutcome | PutSession
+
+
+class Store(Protocol):
+    """`warren.db`: registry, outbox, journal. One writer; whatever waits is committed together (`synchronous=FULL`)."""
+
+    def write(self, *writes: Write) -> asyncio.Future[None]:
+        """Queue writes as one unit; the future is done when they are on disk. Units are committed in the order of the calls, even
+        if nobody awaits the future. A failing unit (disk full) fails its own future with StateError and changes nothing."""
+        ...
+
+    async def sessions(self) -> list[SessionRecord]: ...
+
+    async def session(self, session: str) -> SessionRecord | None: ...
+
+    async def outcome(self, session: str, command_id: str) -> JournalRow | None: ...
+
+    async def outbox_sessions(self) -> list[str]:
+        """The sessions that have rows in the outbox."""
+        ...
+
+    async def outbox_page(self, session: str, after: tuple[int, int], limit: int) -> list[OutboxRow]:
+        """Rows of one session after (epoch, sequence), in order."""
+        ...
+
+    async def outbox_bytes(self) -> int:
+        """The sum of the bodies."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+# --- state directory --------------------------------------------------------------------------------------------------
+
+
+class StateDir(Protocol):
+    """`<state>/sessions/<id>/<epoch>/` and the `current` pointer."""
+
+    async def current_epoch(self, session: str) -> int | None:
+        """The epoch the pointer names; None when there is no pointer. Raises StateError when it exists but cannot be read."""
+        ...
+
+    async def prepare(self, session: str, epoch: int) -> Path:
+        """Make the epoch's directory (0700, durable) and point `current` at it. Returns the directory. Idempotent."""
+        ...
+
+    async def remove(self, session: str) -> None:
+        """Delete everything of a session (logout only)."""
+        ...
+
+
+# --- engine -----------------------------------------------------------------------------------------------------------
+
+
+class EngineProcess(Protocol):
+    """One running engine: a pipe of frames and a process. Made by the edge, supervised by `services.engines`."""
+
+    pid: int
+
+    async def send(self, frame: bytes) -> None:
+        """Write one frame (with its newline). Raises EngineError(engine_code="gone") when the process is gone."""
+        ...
+
+    async def frames(self) -> bytes | None:
+        """The next line, without its newline; None when the engine is gone. Raises FrameError for an over-long line."""
+        ...
+
+    async def terminate(self, timeout_s: float) -> int:
+        """Wait for the exit, kill after `timeout_s`, return the exit status."""
+        ...
+
+    def kill(self) -> None: ...
+
+
+StartEngine = Callable[[], Awaitable[EngineProcess]]
