@@ -71,9 +71,7 @@ class FrameError(WarrenError):
 class CommandError(WarrenError):
     """Why a command failed, as its outcome tells the sender. `final` failures are kept in the journal."""
 
-    def __init__(
-        self, code: str, message: str, *, hint: str = "", final: bool = True, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, code: str, message: str, *, hint: str = "", final: bool = True, retry_after: float | None = None) -> None:
         super().__init__(message, hint=hint)
         self.reason = code
         self.final = final

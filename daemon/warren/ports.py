@@ -67,7 +67,8 @@ class Claim(Protocol):
 
     async def release(self, *, remove: bool = False) -> None:
         """Stop consuming and give up the lock. `remove` (logout) also unbinds and deletes both queues, after handing what is
-        left in them to the callbacks it was claimed with (so that each still gets its answer)."""
+        left in them to the callbacks it was claimed with (so that each still gets its answer).
+        """
         ...
 
 
@@ -80,7 +81,14 @@ class Bus(Protocol):
         ...
 
     async def publish(
-        self, exchange: str, routing_key: str, body: bytes, *, message_id: str, content_type: str, headers: dict[str, str]
+        self,
+        exchange: str,
+        routing_key: str,
+        body: bytes,
+        *,
+        message_id: str,
+        content_type: str,
+        headers: dict[str, str],
     ) -> Published:
         """Publish persistently and wait for the confirm, at most the configured time. Never raises for broker trouble."""
         ...
@@ -179,7 +187,8 @@ class Store(Protocol):
 
     def write(self, *writes: Write) -> asyncio.Future[None]:
         """Queue writes as one unit; the future is done when they are on disk. Units are committed in the order of the calls, even
-        if nobody awaits the future. A failing unit (disk full) fails its own future with StateError and changes nothing."""
+        if nobody awaits the future. A failing unit (disk full) fails its own future with StateError and changes nothing.
+        """
         ...
 
     async def sessions(self) -> list[SessionRecord]: ...

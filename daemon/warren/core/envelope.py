@@ -1,0 +1,359 @@
+"""The contract with clients: commands in, outcomes and CloudEvents out. Pydantic guards the way in; the way out is plain."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import orjson
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from warren.core.names import (
+    NO_SESSION,
+    SESSION_ID,
+    Topology,
+    command_fingerprint,
+    event_id,
+    event_routing_key,
+    is_session_id,
+)
+from warren.errors import CommandError
+
+MAX_BODY_BYTES = 262_144
+"""A command's body. Texts are far smaller; media travels by reference."""
+MAX_TEXT_CHARS = 65_536
+"""WhatsApp's own limit for a text message."""
+CLOUDEVENT = "application/cloudevents+json"
+JSON = "application/json"
+
+_PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
+_JID = re.compile(r"[0-9]{5,20}@(s\.whatsapp\.net|lid)|[0-9-]{5,40}@g\.us")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NoArgs(_Strict):
+    """`disconnect`, `logout`, `status`, `list`."""
+
+
+class CreateArgs(_Strict):
+    """`create`: start a session, and pair it if it has no phone yet."""
+
+    device_name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    """What the phone shows under "Linked devices". Taken when pairing; default: `[whatsapp] device_name`."""
+
+
+class SendArgs(_Strict):
+    """`send`: one text message."""
+
+    to: str
+    """E.164 with `+`, or a JID (`<digits>@s.whatsapp.net`, `<digits>@lid`, `<id>@g.us`)."""
+    text: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS)]
+
+    @field_validator("to")
+    @classmethod
+    def _recipient(cls, to: str) -> str:
+        if _PHONE.fullmatch(to) or _JID.fullmatch(to):
+            return to
+        raise ValueError("a recipient is a phone number like +15551234567 or a JID like 15551234567@s.whatsapp.net")
+
+    @property
+    def jid(self) -> str:
+        return f"{self.to[1:]}@s.whatsapp.net" if self.to.startswith("+") else self.to
+
+
+Args = NoArgs | CreateArgs | SendArgs
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a command is: its arguments, the exchange it belongs on, and whether it has an effect (and so needs an id)."""
+
+    args: type[NoArgs | CreateArgs | SendArgs]
+    exchange: str
+    effect: bool = True
+
+
+COMMANDS: dict[str, Spec] = {
+    "create": Spec(CreateArgs, "control"),
+    "disconnect": Spec(NoArgs, "control"),
+    "logout": Spec(NoArgs, "control"),
+    "status": Spec(NoArgs, "control", effect=False),
+    "send": Spec(SendArgs, "commands"),
+    "list": Spec(NoArgs, "queries", effect=False),
+}
+
+
+class _Envelope(_Strict):
+    """The outer shape of a command; `args` is checked by the command's own model."""
+
+    command: str
+    session: str | None = None
+    id: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    expires_at: AwareDatetime | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("expires_at", mode="before")
+    @classmethod
+    def _rfc3339(cls, value: object) -> object:
+        # Strict mode takes only datetime objects; JSON has strings.
+        return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command that was understood. `session` is "" for `list`."""
+
+    name: str
+    session: str
+    id: str | None
+    args: Args
+    fingerprint: str
+    expires_at: datetime | None = None
+
+    def expired(self, now: datetime) -> bool:
+        return self.expires_at is not None and self.expires_at <= now
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the AMQP message says besides its body. `exchange` is the kind (`control`, `commands`, `queries`), not the full name."""
+
+    exchange: str
+    routing_key: str
+    message_id: str | None = None
+
+
+class Rejected(CommandError):
+    """A command that could not be understood, with what could be read of it, so that an outcome can still be addressed.
+
+    `undecodable` says that not even its sender could be told which command it was: it goes to `warren.dead`.
+    """
+
+    def __init__(
+        self,
+        error: CommandError,
+        *,
+        session: str = NO_SESSION,
+        command_id: str | None = None,
+        undecodable: bool = False,
+    ) -> None:
+        super().__init__(error.reason, error.message, hint=error.hint)
+        self.session = session
+        self.command_id = command_id
+        self.undecodable = undecodable
+
+
+def decode_command(body: bytes, origin: Origin) -> Command:
+    """The command in an AMQP message. Raises Rejected with a precise reason for everything that is wrong with it."""
+    raw = _json_object(body, origin)
+    command_id = raw.get("id") if isinstance(raw.get("id"), str) else origin.message_id
+    session = raw.get("session")
+    address = session if isinstance(session, str) and is_session_id(session) else NO_SESSION
+    try:
+        return _checked(raw, origin)
+    except CommandError as e:
+        raise Rejected(e, session=address, command_id=command_id) from None
+
+
+def _json_object(body: bytes, origin: Origin) -> dict[str, Any]:
+    def unreadable(code: str, message: str, hint: str) -> Rejected:
+        session = origin.routing_key if is_session_id(origin.routing_key) else NO_SESSION
+        return Rejected(CommandError(code, message, hint=hint), session=session, command_id=origin.message_id, undecodable=True)
+
+    if len(body) > MAX_BODY_BYTES:
+        raise unreadable("too_large", f"The body has {len(body)} bytes.", f"The limit is {MAX_BODY_BYTES}.")
+    try:
+        raw = orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        raise unreadable("invalid_json", f"The body is not JSON: {e}.", "Publish one JSON object per message.") from None
+    if not isinstance(raw, dict):
+        raise unreadable("invalid_json", "The body is JSON but no object.", 'It starts like {"command": "send", …}.')
+    return raw
+
+
+def _checked(raw: dict[str, Any], origin: Origin) -> Command:
+    try:
+        outer = _Envelope.model_validate(raw)
+    except ValidationError as e:
+        raise _field_error("invalid_command", e) from None
+    spec = COMMANDS.get(outer.command)
+    if spec is None:
+        raise CommandError("unknown_command", f"There is no command `{outer.command}`.", hint=f"Known: {', '.join(COMMANDS)}.")
+    if spec.exchange != origin.exchange:
+        raise CommandError(
+            "wrong_exchange",
+            f"`{outer.command}` was published to the exchange for {origin.exchange}.",
+            hint=f"Publish it to the exchange `<prefix>.{spec.exchange}`.",
+        )
+    session = _session(outer.session, spec, origin)
+    command_id = _id(outer.id, origin.message_id, spec, outer.command)
+    try:
+        args = spec.args.model_validate(outer.args)
+    except ValidationError as e:
+        raise _field_error("invalid_argument", e) from None
+    canonical = orjson.dumps(args.model_dump(), option=orjson.OPT_SORT_KEYS)
+    return Command(outer.command, session, command_id, args, command_fingerprint(outer.command, canonical), outer.expires_at)
+
+
+def _session(session: str | None, spec: Spec, origin: Origin) -> str:
+    if spec.exchange == "queries":
+        return ""
+    if session is None or not is_session_id(session):
+        raise CommandError(
+            "invalid_session",
+            "The command names no session." if session is None else "That is no session id.",
+            hint=f"A session id matches ^{SESSION_ID.pattern}$.",
+        )
+    if origin.routing_key != session:
+        raise CommandError(
+            "invalid_session",
+            "The routing key is not the session id.",
+            hint="Publish with the session id as routing key, so that the command reaches the session's owner.",
+        )
+    return session
+
+
+def _id(in_body: str | None, in_property: str | None, spec: Spec, command: str) -> str | None:
+    if in_body is not None and in_property is not None and in_body != in_property:
+        raise CommandError(
+            "invalid_command",
+            "The `id` in the body and the `message_id` property differ.",
+            hint="Set one, or both alike.",
+        )
+    command_id = in_body if in_body is not None else in_property
+    if command_id is None and spec.effect:
+        raise CommandError(
+            "id_required",
+            f"`{command}` needs an id.",
+            hint="Set `id` to something unique to this request, and to the same when you repeat it: that makes repeating safe.",
+        )
+    if command_id is not None and not 1 <= len(command_id) <= 200:
+        raise CommandError("invalid_command", "The `message_id` property is empty or over 200 characters.")
+    return command_id
+
+
+def _field_error(code: str, error: ValidationError) -> CommandError:
+    """The first problem pydantic found, in words; unknown fields first, because they explain missing ones."""
+    problems = sorted(error.errors(include_url=False, include_input=False), key=lambda p: p["type"] != "extra_forbidden")
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the command"
+    if first["type"] == "extra_forbidden":
+        return CommandError(code, f"There is no field `{where}`.", hint="Check the spelling against docs/message-api.md.")
+    return CommandError(code, f"`{where}`: {first['msg']}.", hint="See docs/message-api.md for its type and limits.")
+
+
+# --- outcomes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The one end of a command: `error` is None when it went well."""
+
+    command: str
+    command_id: str | None
+    result: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+    @property
+    def event(self) -> str:
+        return "command_completed" if self.ok else "command_failed"
+
+    def body(self) -> dict[str, Any]:
+        """As clients see it, in the reply and as the event's data."""
+        base: dict[str, Any] = {"id": self.command_id, "command": self.command, "ok": self.ok}
+        return {**base, "result": self.result} if self.ok else {**base, "error": self.error}
+
+    @staticmethod
+    def failed(command: str, command_id: str | None, error: CommandError) -> Outcome:
+        told: dict[str, Any] = {"code": error.reason, "message": error.message, "hint": error.hint}
+        if error.retry_after is not None:
+            told["retry_after"] = error.retry_after
+        return Outcome(command, command_id, error=told)
+
+    @staticmethod
+    def parse(body: bytes) -> Outcome:
+        """From a journal row. Raises ValueError when it is none."""
+        raw = orjson.loads(body)
+        return Outcome(raw["command"], raw["id"], raw.get("result", {}), raw.get("error"))
+
+
+def outcome_event_id(session: str, outcome: Outcome, fingerprint: str) -> str:
+    """The same command with the same outcome kind is the same event; without an id, nothing could recognise a repetition."""
+    return event_id(session, "outcome", outcome.command_id or "", fingerprint, "ok" if outcome.ok else str(outcome.error))
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+EPHEMERAL = frozenset({"qr", "pairing_code"})
+"""Events that are worthless later: no sequence, no outbox, dropped while RabbitMQ is away."""
+
+
+def cloud_event(
+    topology: Topology,
+    *,
+    event: str,
+    event_id: str,
+    session: str,
+    instance: str,
+    time: datetime,
+    data: dict[str, Any],
+    epoch: int | None = None,
+    sequence: int | None = None,
+    causation_id: str | None = None,
+) -> bytes:
+    """A CloudEvents 1.0 event in structured JSON. `sequence` is a string there, as CloudEvents' own extension defines it."""
+    envelope: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": topology.source,
+        "type": f"warren.{event}",
+        "subject": session,
+        "time": timestamp(time),
+        "datacontenttype": JSON,
+        "session": session,
+        "instance": instance,
+    }
+    if epoch is not None:
+        envelope["epoch"] = epoch
+    if sequence is not None:
+        envelope["sequence"] = f"{sequence:010d}"
+    if causation_id is not None:
+        envelope["causationid"] = causation_id
+    envelope["data"] = data
+    return orjson.dumps(envelope)
+
+
+def timestamp(time: datetime) -> str:
+    """RFC 3339 in UTC with milliseconds."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.microsecond // 1000:03d}Z"
+
+
+__all__ = [
+    "CLOUDEVENT",
+    "COMMANDS",
+    "EPHEMERAL",
+    "JSON",
+    "MAX_BODY_BYTES",
+    "Args",
+    "Command",
+    "CreateArgs",
+    "NoArgs",
+    "Origin",
+    "Outcome",
+    "Rejected",
+    "SendArgs",
+    "cloud_event",
+    "decode_command",
+    "event_routing_key",
+    "outcome_event_id",
+    "timestamp",
+]

@@ -1,0 +1,168 @@
+"""The life of one session, as a table.
+
+Rules:
+
+- `TABLE[(state, trigger)]` says where a trigger leads and which event tells the world. A pair that is not in the table is
+  illegal: it raises, and nothing changes.
+- Entering a state is what makes things happen (services.session does them): CONNECTING opens the engine, BACKING_OFF starts
+  the timer, STOPPING closes the engine. The table itself does nothing.
+- Only what a person or WhatsApp's account rules caused stops a session. Everything that may be the network, a server, an
+  engine or our own bug leads to BACKING_OFF and so back to CONNECTING, for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from warren.errors import WarrenError
+
+
+class State(Enum):
+    STOPPED = "stopped"
+    RESTORING = "restoring"
+    CONNECTING = "connecting"
+    PAIRING = "pairing"
+    ONLINE = "online"
+    BACKING_OFF = "backing_off"
+    STOPPING = "stopping"
+    LOGGED_OUT = "logged_out"
+    REPLACED = "replaced"
+    BLOCKED = "blocked"
+    QUARANTINED = "quarantined"
+
+
+class Trigger(Enum):
+    START = "start"
+    """Somebody wants it running: `create`, or the daemon resumes it."""
+    RETRY = "retry"
+    """The timer of BACKING_OFF, REPLACED or BLOCKED is up."""
+    QR = "qr"
+    PAIRED = "paired"
+    CONNECTED = "connected"
+    RESTART = "restart"
+    """WhatsApp asks for a new connection (515, right after pairing)."""
+    LOST = "lost"
+    REPLACED = "replaced"
+    BANNED = "banned"
+    UNPAIRED = "unpaired"
+    """Pairing ended without a phone."""
+    LOGGED_OUT = "logged_out"
+    UNREADABLE = "unreadable"
+    STOP = "stop"
+    CLOSED = "closed"
+    """The engine has closed what STOP asked it to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    to: State
+    event: str | None = None
+
+
+class IllegalTrigger(WarrenError):
+    code = "illegal_trigger"
+
+
+_LIVE = (State.CONNECTING, State.PAIRING, State.ONLINE)
+"""States in which the engine may have the session open."""
+
+
+def _table() -> dict[tuple[State, Trigger], Step]:
+    s, t = State, Trigger
+    table = {
+        (s.STOPPED, t.START): Step(s.CONNECTING),
+        (s.STOPPED, t.STOP): Step(s.STOPPED),
+        (s.CONNECTING, t.QR): Step(s.PAIRING, "qr"),
+        (s.PAIRING, t.QR): Step(s.PAIRING, "qr"),
+        (s.PAIRING, t.PAIRED): Step(s.CONNECTING),
+        (s.CONNECTING, t.RESTART): Step(s.CONNECTING),
+        (s.CONNECTING, t.CONNECTED): Step(s.ONLINE, "connected"),
+        (s.CONNECTING, t.UNPAIRED): Step(s.STOPPED, "disconnected"),
+        (s.PAIRING, t.UNPAIRED): Step(s.STOPPED, "disconnected"),
+        (s.CONNECTING, t.UNREADABLE): Step(s.QUARANTINED, "error"),
+        (s.BACKING_OFF, t.STOP): Step(s.STOPPED, "disconnected"),
+        (s.REPLACED, t.STOP): Step(s.STOPPED),
+        (s.BLOCKED, t.STOP): Step(s.STOPPED),
+        (s.LOGGED_OUT, t.STOP): Step(s.LOGGED_OUT),
+        (s.QUARANTINED, t.STOP): Step(s.QUARANTINED),
+        (s.STOPPING, t.STOP): Step(s.STOPPING),
+        (s.STOPPING, t.CLOSED): Step(s.STOPPED, "disconnected"),
+        (s.LOGGED_OUT, t.START): Step(s.CONNECTING),
+        (s.QUARANTINED, t.START): Step(s.CONNECTING),
+    }
+    for live in _LIVE:
+        table[live, t.START] = Step(live)
+        table[live, t.LOST] = Step(s.BACKING_OFF, "disconnected")
+        table[live, t.REPLACED] = Step(s.REPLACED, "disconnected")
+        table[live, t.BANNED] = Step(s.BLOCKED, "disconnected")
+        table[live, t.LOGGED_OUT] = Step(s.LOGGED_OUT, "logout")
+        table[live, t.STOP] = Step(s.STOPPING)
+    for waiting in (s.BACKING_OFF, s.REPLACED, s.BLOCKED):
+        table[waiting, t.RETRY] = Step(s.CONNECTING, "reconnecting")
+        table[waiting, t.START] = Step(s.CONNECTING, "reconnecting")
+    return table
+
+
+TABLE = _table()
+
+
+def step(state: State, trigger: Trigger) -> Step:
+    """Where `trigger` leads from `state`. Raises IllegalTrigger, having changed nothing."""
+    try:
+        return TABLE[state, trigger]
+    except KeyError:
+        raise IllegalTrigger(f"a session that is {state.value} cannot take {trigger.value}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a session left its state: what it means for the machine, and the words for people."""
+
+    trigger: Trigger
+    code: str
+    message: str
+    hint: str = ""
+
+
+_RETRIES = "Nothing to do: warren connects again by itself."
+
+CAUSES: dict[str, Cause] = {
+    c.code: c
+    for c in (
+        Cause(Trigger.RESTART, "restart_required", "WhatsApp asked for a new connection after pairing.", _RETRIES),
+        Cause(Trigger.LOST, "network", "The connection to WhatsApp was lost or could not be made.", _RETRIES),
+        Cause(Trigger.LOST, "server", "WhatsApp's server closed the connection with an error.", _RETRIES),
+        Cause(Trigger.LOST, "keepalive_timeout", "The connection looked open but WhatsApp stopped answering.", _RETRIES),
+        Cause(Trigger.LOST, "handler_timeout", "An incoming message could not be stored in time, so WhatsApp keeps it.",
+              "Check RabbitMQ and the disk of the state directory. " + _RETRIES),
+        Cause(Trigger.LOST, "engine_lost", "The engine process of this session ended.", _RETRIES),
+        Cause(Trigger.LOST, "engine_unavailable", "The engine could not open the session.", _RETRIES),
+        Cause(Trigger.LOST, "state_locked", "Another process still has this session's state open.",
+              "It is usually an engine that is about to exit. " + _RETRIES),
+        Cause(Trigger.LOST, "internal", "The engine met an error it did not expect.", "See the log. " + _RETRIES),
+        Cause(Trigger.LOST, "failure", "WhatsApp refused the connection.", _RETRIES),
+        Cause(Trigger.LOST, "client_outdated", "WhatsApp refuses this version of the client.", "Upgrade warren."),
+        Cause(Trigger.REPLACED, "replaced", "The same linked device connected from somewhere else.",
+              "Make sure no other program uses this session's state; then publish `create`."),
+        Cause(Trigger.BANNED, "temporary_ban", "WhatsApp banned the account for a while.",
+              "Wait until the time in `until`; open WhatsApp on the phone to see why."),
+        Cause(Trigger.UNPAIRED, "qr_expired", "Nobody scanned the QR code.", "Publish `create` for new codes."),
+        Cause(Trigger.UNPAIRED, "pairing_failed", "Pairing with the phone failed.", "Publish `create` and scan again."),
+        Cause(Trigger.LOGGED_OUT, "logged_out", "The device was unlinked on the phone or by WhatsApp.",
+              "Publish `create` and scan the new QR code, or `logout` to remove the session."),
+        Cause(Trigger.UNREADABLE, "state_unreadable", "The session's state on disk cannot be read.",
+              "Its files were left as they are. Repair or restore them, then publish `create`."),
+        Cause(Trigger.UNREADABLE, "state_missing", "The session was paired, but its state is no longer on disk.",
+              "Bring the state directory back, then publish `create`; or `logout` to give the session up."),
+    )
+}  # fmt: skip
+"""Every reason the engine gives for an end (docs/engine-protocol.md), and our own, by code."""
+
+
+def cause_of(reason: str) -> Cause:
+    """The cause for an engine's word; an unknown one counts as `internal`, so that it is retried and seen."""
+    return CAUSES.get(reason, CAUSES["internal"])
+
+
+NEEDS_SOMEBODY = frozenset({State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.QUARANTINED})
