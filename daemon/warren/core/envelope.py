@@ -121,7 +121,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What the AMQP message says besides its body. `exchange` is the kind (`control`, `commands`, `queries`), not the full name."""
+    """What an AMQP message says besides its body. `exchange` is the kind (`control`, `commands`, `queries`), not the name."""
 
     exchange: str
     routing_key: str
@@ -281,9 +281,13 @@ class Outcome:
 
     @staticmethod
     def parse(body: bytes) -> Outcome:
-        """From a journal row. Raises ValueError when it is none."""
-        raw = orjson.loads(body)
-        return Outcome(raw["command"], raw["id"], raw.get("result", {}), raw.get("error"))
+        """From a journal row or a reply. Raises ValueError when it is none."""
+        match orjson.loads(body):
+            case {"command": str(command), "id": str() | None as command_id, "ok": True, "result": dict(result)}:
+                return Outcome(command, command_id, result)
+            case {"command": str(command), "id": str() | None as command_id, "ok": False, "error": dict(error)}:
+                return Outcome(command, command_id, error=error)
+        raise ValueError("that is no outcome")
 
 
 def outcome_event_id(session: str, outcome: Outcome, fingerprint: str) -> str:
