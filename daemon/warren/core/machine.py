@@ -41,7 +41,7 @@ class Trigger(Enum):
     PAIRED = "paired"
     CONNECTED = "connected"
     RESTART = "restart"
-    """WhatsApp asks for a new connection (515, right after pairing)."""
+    """WhatsApp asks for a new connection (515): always right after pairing, now and then in between."""
     LOST = "lost"
     REPLACED = "replaced"
     BANNED = "banned"
@@ -86,8 +86,7 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         (s.BLOCKED, t.STOP): Step(s.STOPPED),
         (s.LOGGED_OUT, t.STOP): Step(s.LOGGED_OUT),
         (s.QUARANTINED, t.STOP): Step(s.QUARANTINED),
-        (s.STOPPING, t.STOP): Step(s.STOPPING),
-        (s.STOPPING, t.CLOSED): Step(s.STOPPED, "disconnected"),
+        (s.STOPPING, t.LOGGED_OUT): Step(s.LOGGED_OUT, "logout"),
         (s.LOGGED_OUT, t.START): Step(s.CONNECTING),
         (s.QUARANTINED, t.START): Step(s.CONNECTING),
     }
@@ -98,6 +97,14 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         table[live, t.BANNED] = Step(s.BLOCKED, "disconnected")
         table[live, t.LOGGED_OUT] = Step(s.LOGGED_OUT, "logout")
         table[live, t.STOP] = Step(s.STOPPING)
+    for late in (t.START, t.STOP, t.QR, t.PAIRED, t.CONNECTED):
+        table[s.STOPPING, late] = Step(s.STOPPING)
+    for end in (t.CLOSED, t.RESTART, t.LOST, t.REPLACED, t.BANNED, t.UNPAIRED, t.UNREADABLE):
+        table[s.STOPPING, end] = Step(s.STOPPED, "disconnected")
+    # After pairing it means "at once" (CONNECTING, above). In the middle of a life it is a lost connection like any other: a
+    # server that keeps asking must meet the backoff.
+    for live in (s.PAIRING, s.ONLINE):
+        table[live, t.RESTART] = Step(s.BACKING_OFF, "disconnected")
     for waiting in (s.BACKING_OFF, s.REPLACED, s.BLOCKED):
         table[waiting, t.RETRY] = Step(s.CONNECTING, "reconnecting")
         table[waiting, t.START] = Step(s.CONNECTING, "reconnecting")
@@ -130,7 +137,7 @@ _RETRIES = "Nothing to do: warren connects again by itself."
 CAUSES: dict[str, Cause] = {
     c.code: c
     for c in (
-        Cause(Trigger.RESTART, "restart_required", "WhatsApp asked for a new connection after pairing.", _RETRIES),
+        Cause(Trigger.RESTART, "restart_required", "WhatsApp asked for a new connection.", _RETRIES),
         Cause(Trigger.LOST, "network", "The connection to WhatsApp was lost or could not be made.", _RETRIES),
         Cause(Trigger.LOST, "server", "WhatsApp's server closed the connection with an error.", _RETRIES),
         Cause(Trigger.LOST, "keepalive_timeout", "The connection looked open but WhatsApp stopped answering.", _RETRIES),
