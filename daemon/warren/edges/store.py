@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import queue
 import sqlite3
@@ -119,13 +120,14 @@ class SqliteStore:
         self._thread = threading.Thread(target=self._main, name="warren-store", daemon=True)
         self._opened: asyncio.Future[None] = loop.create_future()
         self._db: sqlite3.Connection
+        self._file: io.FileIO | None = None
         self._outbox_bytes = 0
         self._puts: dict[str, int] = {}
         self._removed = False
 
     @classmethod
     async def open(cls, path: Path, *, clock: Callable[[], float] = time.time) -> SqliteStore:
-        """Open or create the database (0600); its directory must exist. Checks the whole file, about 1 s per GB.
+        """Open or create the database (0600); its directory must exist. Checks the whole file, 1 to 4 s per GB.
 
         `clock` gives seconds since 1970, for the age of journal rows. Raises OwnershipError when another process has it open,
         StateError when it is damaged, not ours or from a newer warren. When cancelled, it is closed again by itself.
@@ -390,12 +392,13 @@ class SqliteStore:
         try:
             self._configure()
             self._db.execute("BEGIN EXCLUSIVE")
+            self._read_ahead()
             self._check()
             self._prune_all()
             self._db.execute("COMMIT")
         except BaseException:
             self._roll_back()
-            self._db.close()
+            self._close_files()
             raise
         self._outbox_bytes = self._number("SELECT coalesce(sum(length(body)), 0) FROM outbox")
 
@@ -407,6 +410,16 @@ class SqliteStore:
             self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # is only possible before the first page is written
         for pragma in _PRAGMAS:
             self._db.execute(f"PRAGMA {pragma}").fetchall()
+
+    def _read_ahead(self) -> None:
+        """Read the file once from end to end. The check walks its pages in tree order: measured 20 s for a GB on a cold disk,
+        3 s after this.
+
+        The descriptor stays open as long as the database: closing any one drops all locks this process has on the file (POSIX).
+        """
+        self._file = self._path.open("rb", buffering=0)
+        while self._file.read(1 << 20):
+            pass
 
     def _check(self) -> None:
         problems = [row[0] for row in self._db.execute("PRAGMA quick_check(3)")]
@@ -437,8 +450,13 @@ class SqliteStore:
         # A checkpoint that fails (disk full) leaves everything in the WAL, where the next `open` finds it.
         with contextlib.suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        self._close_files()
+
+    def _close_files(self) -> None:
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
+        if self._file is not None:
+            self._file.close()
 
     def _number(self, sql: str) -> int:
         return int(self._db.execute(sql).fetchone()[0])
