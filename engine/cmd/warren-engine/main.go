@@ -1,3 +1,114 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+// Command warren-engine speaks WhatsApp for warren's daemon, which starts it. See docs/engine-protocol.md.
 package main
-import _ "go.mau.fi/whatsmeow"
-func main(){}
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"warren/engine/internal/endpoint"
+	"warren/engine/internal/engine"
+	"warren/engine/internal/logs"
+)
+
+// version is the engine's; a release build sets it with -ldflags "-X main.version=…".
+var version = "0.1.0"
+
+const (
+	exitUsage = 64
+	pipeFD    = 3
+	logFlush  = time.Second
+)
+
+func main() {
+	os.Exit(run())
+}
+
+func run() int {
+	var address, rootKey, caFile string
+	var maxSessions int
+	var level slog.Level
+	flag.StringVar(&address, "endpoint", "", "connect to a simulator at wss://127.0.0.1:PORT instead of WhatsApp")
+	flag.StringVar(&rootKey, "root-key", "", "the simulator's root key, 64 hexadecimal digits (only with --endpoint)")
+	flag.StringVar(&caFile, "ca-file", "", "the simulator's CA certificate (only with --endpoint)")
+	flag.IntVar(&maxSessions, "max-sessions", 250, "how many sessions may be open at one time")
+	flag.TextVar(&level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	flag.Parse()
+
+	// Session state is secret: no file of this process is readable by others.
+	syscall.Umask(0o077)
+	ignoreSignals()
+	if flag.NArg() > 0 || maxSessions < 1 {
+		return usage(errors.New("no arguments are expected, and --max-sessions must be positive"))
+	}
+	where, err := endpoint.Parse(address, rootKey, caFile)
+	if err != nil {
+		return usage(err)
+	}
+	pipe, err := openPipe()
+	if err != nil {
+		return usage(err)
+	}
+	output := logs.NewOutput(os.Stderr)
+	defer output.Close(logFlush)
+	return engine.Run(engine.Options{
+		Pipe: pipe, Endpoint: where, Log: logs.New(output, level), MaxSessions: maxSessions,
+		Version: version, Whatsmeow: whatsmeowVersion(), Stop: stopSignal(),
+	})
+}
+
+func usage(err error) int {
+	fmt.Fprintln(os.Stderr, "warren-engine:", err)
+	return exitUsage
+}
+
+// ignoreSignals leaves the ones of a terminal to the daemon, which ends us in order, and turns a broken stderr into an error instead of a death.
+func ignoreSignals() {
+	signal.Ignore(syscall.SIGINT, syscall.SIGHUP, syscall.SIGPIPE)
+}
+
+func stopSignal() <-chan struct{} {
+	signals, stop := make(chan os.Signal, 1), make(chan struct{})
+	signal.Notify(signals, syscall.SIGTERM)
+	go func() {
+		<-signals
+		close(stop)
+	}()
+	return stop
+}
+
+// openPipe takes over the socket that the daemon passed as file descriptor 3.
+func openPipe() (net.Conn, error) {
+	file := os.NewFile(pipeFD, "daemon")
+	if file == nil {
+		return nil, errors.New("file descriptor 3 is not open: this program is started by warrend")
+	}
+	defer file.Close()
+	pipe, err := net.FileConn(file)
+	if err != nil {
+		return nil, fmt.Errorf("file descriptor 3 is not a socket: this program is started by warrend (%w)", err)
+	}
+	return pipe, nil
+}
+
+func whatsmeowVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	for _, dependency := range info.Deps {
+		if dependency.Path == "go.mau.fi/whatsmeow" {
+			return dependency.Version
+		}
+	}
+	return ""
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package engine
+
+import (
+	"errors"
+	"path/filepath"
+	"runtime/debug"
+
+	"warren/engine/internal/frames"
+	"warren/engine/internal/logs"
+	"warren/engine/internal/session"
+	"warren/engine/internal/state"
+)
+
+// entry is one generation of one session, from the open request until everything of it is closed.
+type entry struct {
+	name       string
+	generation int64
+
+	opened  chan struct{}    // closed when session is set, or opening has failed
+	session *session.Session // nil until opened, and when opening failed
+	gone    chan struct{}    // closed when nothing of the generation is left
+
+	leaving bool // a close or logout is under way; guarded by Engine.mu
+}
+
+func (e *Engine) open(r *frames.Request) {
+	if r.Session == "" || r.Generation <= 0 || !filepath.IsAbs(r.Dir) {
+		e.reply(r, nil, frames.Errorf(frames.CodeBadRequest, "open needs a session, a positive generation and an absolute dir"))
+		return
+	}
+	fresh, previous, err := e.reserve(r)
+	if err != nil {
+		e.reply(r, nil, err)
+		return
+	}
+	go e.serve(r, fresh, previous)
+}
+
+// reserve puts a new entry in the registry. previous is the generation before it, if that is still closing.
+func (e *Engine) reserve(r *frames.Request) (fresh, previous *entry, err *frames.Error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	previous = e.sessions[r.Session]
+	switch {
+	case e.stopping:
+		return nil, nil, frames.Errorf(frames.CodeBusy, "the engine is stopping")
+	case previous != nil && (r.Generation <= previous.generation || !previous.ends()):
+		return nil, nil, frames.Errorf(frames.CodeAlreadyOpen, "generation %d is open", previous.generation)
+	case previous == nil && len(e.sessions) >= e.MaxSessions:
+		return nil, nil, frames.Errorf(frames.CodeTooManySessions, "%d sessions are open", len(e.sessions))
+	}
+	fresh = &entry{name: r.Session, generation: r.Generation, opened: make(chan struct{}), gone: make(chan struct{})}
+	e.sessions[r.Session] = fresh
+	return fresh, previous, nil
+}
+
+// ends reports whether the generation is on its way out. Called with Engine.mu held.
+func (n *entry) ends() bool {
+	select {
+	case <-n.opened:
+	default:
+		return false
+	}
+	return n.session == nil || n.session.Ending()
+}
+
+// serve opens one generation and runs it to its end.
+func (e *Engine) serve(r *frames.Request, current, previous *entry) {
+	defer e.remove(current)
+	if previous != nil {
+		<-previous.gone
+	}
+	s, err := e.openUnlessStopping(r)
+	current.session = s
+	close(current.opened)
+	if err != nil {
+		e.reply(r, nil, err)
+		return
+	}
+	e.reply(r, s.Opened(), nil)
+	s.Run()
+}
+
+func (e *Engine) openUnlessStopping(r *frames.Request) (*session.Session, *frames.Error) {
+	e.mu.Lock()
+	stopping := e.stopping
+	e.mu.Unlock()
+	if stopping {
+		return nil, frames.Errorf(frames.CodeBusy, "the engine is stopping")
+	}
+	return e.openSession(r)
+}
+
+func (e *Engine) openSession(r *frames.Request) (s *session.Session, failure *frames.Error) {
+	defer func() {
+		if p := recover(); p != nil {
+			e.Log.Error("panic in open", logs.KeySession, r.Session, "panic", p, "stack", string(debug.Stack()))
+			s, failure = nil, frames.Errorf(frames.CodeInternal, "a bug in the engine: see its log")
+		}
+	}()
+	s, err := session.Open(e.ctx, e.cfg, session.Options{
+		Session: r.Session, Generation: r.Generation, Dir: r.Dir, Create: r.Create, DeviceName: r.DeviceName,
+	})
+	if err == nil {
+		return s, nil
+	}
+	e.Log.Warn("a session does not open", logs.KeySession, r.Session, logs.KeyError, err)
+	code := frames.CodeInternal
+	for known, its := range map[error]string{
+		state.ErrMissing: frames.CodeStateMissing, state.ErrUnreadable: frames.CodeStateUnreadable, state.ErrLocked: frames.CodeStateLocked,
+	} {
+		if errors.Is(err, known) {
+			code = its
+		}
+	}
+	return nil, frames.Errorf(code, "%v", err)
+}
+
+// remove takes the generation out of the registry; a later one may be in its place already.
+func (e *Engine) remove(gone *entry) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.sessions[gone.name] == gone {
+		delete(e.sessions, gone.name)
+	}
+	close(gone.gone)
+}
+
+// find returns the open generation, or nil.
+func (e *Engine) find(name string, generation int64) *entry {
+	e.mu.Lock()
+	current := e.sessions[name]
+	e.mu.Unlock()
+	if current == nil || current.generation != generation {
+		return nil
+	}
+	select {
+	case <-current.opened:
+	default:
+		return nil
+	}
+	if current.session == nil {
+		return nil
+	}
+	return current
+}
+
+func notOpen(r *frames.Request) *frames.Error {
+	return frames.Errorf(frames.CodeNotOpen, "generation %d is not open", r.Generation)
+}
+
+func (e *Engine) send(r *frames.Request) {
+	current := e.find(r.Session, r.Generation)
+	if current == nil || current.session.Ending() {
+		e.reply(r, nil, notOpen(r))
+		return
+	}
+	current.session.Send(r, func(result any, err *frames.Error) { e.reply(r, result, err) })
+}
+
+// depart marks the generation as leaving; nil when it is not open or leaves already. So at most one goroutine waits for its end.
+func (e *Engine) depart(r *frames.Request) *entry {
+	current := e.find(r.Session, r.Generation)
+	if current == nil {
+		return nil
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if current.leaving {
+		return nil
+	}
+	current.leaving = true
+	return current
+}
+
+func (e *Engine) closeSession(r *frames.Request) {
+	current := e.depart(r)
+	if current == nil {
+		e.reply(r, nil, notOpen(r))
+		return
+	}
+	first := current.session.Close(session.DrainAtClose)
+	go func() {
+		<-current.gone
+		if !first { // it ended by itself: its terminal event is on the way
+			e.reply(r, nil, notOpen(r))
+			return
+		}
+		e.reply(r, nil, nil)
+	}()
+}
+
+func (e *Engine) logout(r *frames.Request) {
+	current := e.depart(r)
+	if current == nil {
+		e.reply(r, nil, notOpen(r))
+		return
+	}
+	go func() {
+		if err := current.session.Logout(); err != nil {
+			e.mu.Lock()
+			current.leaving = false
+			e.mu.Unlock()
+			e.reply(r, nil, err)
+			return
+		}
+		<-current.gone
+		e.reply(r, nil, nil)
+	}()
+}
