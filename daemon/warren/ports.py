@@ -114,8 +114,10 @@ class Desired(Enum):
 
     RUNNING = "running"
     STOPPED = "stopped"
+    REMOVING = "removing"
+    """Logged out; its queues on RabbitMQ are still to be emptied and deleted."""
     GONE = "gone"
-    """Logged out and removed: only the epoch is remembered, so that a later session of the same name continues it."""
+    """Removed: only the epoch is remembered, so that a later session of the same name continues it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ class SessionRecord:
     sequence: int = 0
     """The last sequence used in this epoch."""
     settings: dict[str, Any] = field(default_factory=dict)
+    halted: str = ""
+    """The state that needs somebody (`logged_out`, `replaced`, ...), kept over restarts; "" when none."""
     paired: bool = False
     """A device row was seen: from now on a missing state is a loss to report, not a reason to pair afresh."""
 

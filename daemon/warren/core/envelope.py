@@ -140,10 +140,12 @@ class Rejected(CommandError):
         *,
         session: str = NO_SESSION,
         command_id: str | None = None,
+        command: str = "",
         undecodable: bool = False,
     ) -> None:
         super().__init__(error.reason, error.message, hint=error.hint)
         self.session = session
+        self.command = command
         self.command_id = command_id
         self.undecodable = undecodable
 
@@ -154,10 +156,11 @@ def decode_command(body: bytes, origin: Origin) -> Command:
     command_id = raw.get("id") if isinstance(raw.get("id"), str) else origin.message_id
     session = raw.get("session")
     address = session if isinstance(session, str) and is_session_id(session) else NO_SESSION
+    command = raw["command"] if isinstance(raw.get("command"), str) else ""
     try:
         return _checked(raw, origin)
     except CommandError as e:
-        raise Rejected(e, session=address, command_id=command_id) from None
+        raise Rejected(e, session=address, command_id=command_id, command=command) from None
 
 
 def _json_object(body: bytes, origin: Origin) -> dict[str, Any]:
