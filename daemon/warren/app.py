@@ -1,0 +1,317 @@
+"""`warrend`: the composition root. `Daemon.start` and `Daemon.stop` read as two lists, top to bottom."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from loguru import logger
+
+from warren import __version__
+from warren.core.names import Topology
+from warren.edges.amqp import AmqpBus, AmqpOptions
+from warren.edges.broker_node import BrokerNode
+from warren.edges.engine_pipe import start_engine
+from warren.edges.logs import configure_logging
+from warren.edges.settings import Settings, find_engine_binary, load_settings
+from warren.edges.statedir import StateDirectory
+from warren.edges.store import SqliteStore
+from warren.errors import WarrenError
+from warren.ports import EngineProcess
+from warren.services.delivery import Delivery, DeliveryOptions
+from warren.services.engines import EngineOptions, Engines
+from warren.services.fleet import Fleet, FleetOptions
+from warren.services.gateway import Gateway
+from warren.services.outcomes import Outcomes
+from warren.services.session import Deps, Session, SessionOptions
+
+EXIT_UNCLEAN = 1
+EXIT_CONFIG = 2
+BROKER_RESTART_S = 2.0
+ENGINE_STOP_S = 10.0
+"""For an engine whose sessions are closed already."""
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What `start` has made so far, for `stop` to end; None: not made."""
+
+    state_dir: StateDirectory | None = None
+    store: SqliteStore | None = None
+    node: BrokerNode | None = None
+    node_keeper: asyncio.Task[None] | None = None
+    bus: AmqpBus | None = None
+    engines: Engines | None = None
+    delivery: Delivery | None = None
+    outcomes: Outcomes | None = None
+    fleet: Fleet | None = None
+    gateway: Gateway | None = None
+
+
+@dataclass(slots=True)
+class Daemon:
+    """One warrend. `start`, then wait for what should end it, then `stop`, which also ends a start that failed half-way."""
+
+    settings: Settings
+    _parts: _Parts = field(default_factory=_Parts)
+    _hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    _clean: bool = True
+
+    async def start(self) -> None:
+        """Raises WarrenError when something it cannot do without is missing; `stop` then ends what was begun."""
+        s, p = self.settings, self._parts
+        topology = Topology(s.amqp.prefix)
+
+        # 1. Nobody else may use this state. A daemon that hangs keeps the lock; one that was killed does not.
+        p.state_dir = StateDirectory(s.state_dir)
+        p.state_dir.lock()
+        # 2. What we know: registry, outbox, journal.
+        p.store = await SqliteStore.open(s.state_dir / "warren.db")
+        # 3. RabbitMQ: the configured one, or our own node (adopted, when an earlier daemon was killed).
+        url = await self._broker_url()
+        # 4. The bus connects in the background: sessions come up even while RabbitMQ is away.
+        p.bus = AmqpBus(
+            self._amqp_options(url, topology),
+            on_unclaimed=lambda m: p.gateway.on_unclaimed(m) if p.gateway else None,
+            on_query=lambda m: p.gateway.on_query(m) if p.gateway else None,
+        )
+        # 5. Engines: the first one now, so that a wrong binary is noticed at the start.
+        p.engines = Engines(self._start_engine, self._engine_options(), random01=random.random)
+        await p.engines.start()
+        # 6. Delivery publishes what an earlier run left, before anything new can happen.
+        p.delivery = Delivery(
+            p.bus, p.store, topology, self._delivery_options(), now=_now, random01=random.random, disk_ok=self._disk_ok
+        )
+        await p.delivery.start()
+        p.outcomes = Outcomes(p.bus, p.store, p.delivery, topology)
+        # 7. The sessions and the way in to them; then the bus, which begins to deliver commands.
+        p.fleet = Fleet(p.bus, p.store, self._session_deps, FleetOptions(s.fleet.max_sessions))
+        p.gateway = Gateway(p.bus, p.fleet, p.outcomes, topology, s.instance, now=_now)
+        await p.bus.start()
+        await p.fleet.start(p.gateway.on_command, p.gateway.on_command)
+        logger.bind(action="ready", instance=s.instance).info("warrend {} is ready.", __version__)
+
+    async def stop(self) -> bool:
+        """Stop in order, each step within its budget. True when everything was clean: nothing cut, the outbox empty.
+
+        What is cut is not lost: commands stay in RabbitMQ, events in the outbox, messages at WhatsApp.
+        """
+        p, budget = self._parts, self.settings.shutdown
+        # 1. No more commands. RabbitMQ keeps them.
+        if p.gateway is not None:
+            p.gateway.close()
+        # 2. The sends under way get their outcome.
+        if p.fleet is not None and p.outcomes is not None:
+            await self._step("commands", budget.commands_s, p.fleet.finish_sending)
+            await self._step("outcomes", budget.commands_s, p.outcomes.wait)
+        # 3. Sockets close, side by side; nobody is logged out. Messages whose event is stored are receipted first.
+        if p.fleet is not None:
+            await self._step("sessions", budget.sessions_s, p.fleet.halt)
+            await p.fleet.stop()
+        if p.gateway is not None:
+            await p.gateway.stop()
+        if p.engines is not None:
+            self._clean &= await p.engines.stop(ENGINE_STOP_S)
+        # 4. What is in the outbox leaves; what does not stays on disk.
+        if p.delivery is not None and p.outcomes is not None:
+            await self._step("drain", budget.drain_s, self._drained)
+            p.outcomes.cancel()
+            await p.delivery.stop()
+        # 5. The locks go with the connection; then the disk.
+        if p.bus is not None:
+            await p.bus.close()
+        if p.store is not None:
+            await p.store.close()
+        await self._stop_node(budget.broker_s)
+        if p.state_dir is not None:
+            p.state_dir.unlock()
+        logger.bind(action="stopped", clean=self._clean).info("Stopped{}.", "" if self._clean else ", but not cleanly: see above")
+        return self._clean
+
+    def hurry(self) -> None:
+        """Cut the waits of `stop`, not its writes (the second signal)."""
+        self._hurry.set()
+
+    # --- inside
+
+    async def _step(self, name: str, budget_s: float, wait: Callable[[], Awaitable[object]]) -> None:
+        waiting = asyncio.ensure_future(wait())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        done, _ = await asyncio.wait({waiting, hurry}, timeout=budget_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if waiting not in done:
+            self._clean = False
+            waiting.cancel()
+            logger.bind(action="shutdown_cut", step=name).warning("Stopping: `{}` was not done within {:g} s.", name, budget_s)
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    async def _drained(self) -> None:
+        delivery, outcomes = self._parts.delivery, self._parts.outcomes
+        assert delivery is not None
+        assert outcomes is not None
+        await delivery.drain(self.settings.shutdown.drain_s)
+        await outcomes.wait()
+
+    async def _broker_url(self) -> str:
+        if self.settings.amqp.url is not None:
+            return self.settings.amqp.url.get_secret_value()
+        node = self._parts.node = BrokerNode(self.settings.state_dir / "rabbitmq")
+        info = await node.start()
+        self._parts.node_keeper = asyncio.create_task(self._keep_node(node), name="broker.keeper")
+        logger.bind(action="broker_ready", adopted=info.adopted, pid=info.pid).info(
+            "Private RabbitMQ {}.", "of an earlier run goes on" if info.adopted else "started"
+        )
+        return info.url
+
+    async def _keep_node(self, node: BrokerNode) -> None:
+        """Start the private node again when it ends; its port, and so our URL, stays."""
+        while True:
+            status = await node.wait_exit()
+            logger.bind(action="broker_ended", status=status).error("The private RabbitMQ ended; starting it again.")
+            while True:
+                try:
+                    await node.start()
+                    break
+                except WarrenError as e:
+                    logger.bind(action="broker_failed").error("The private RabbitMQ does not start: {}", e)
+                    await asyncio.sleep(BROKER_RESTART_S)
+
+    async def _stop_node(self, timeout_s: float) -> None:
+        keeper, node = self._parts.node_keeper, self._parts.node
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        if node is not None:
+            await node.stop(timeout_s)
+
+    async def _start_engine(self) -> EngineProcess:
+        s = self.settings
+        args = ["--max-sessions", str(s.engine.sessions_per_process), "--log-level", s.log.level.lower()]
+        if s.whatsapp.endpoint is not None:
+            args += ["--endpoint", s.whatsapp.endpoint]
+            args += ["--root-key", s.whatsapp.root_key.get_secret_value()] if s.whatsapp.root_key else []
+            args += ["--ca-file", str(s.whatsapp.ca_file)] if s.whatsapp.ca_file else []
+        return await start_engine(find_engine_binary(s.engine.path), args)
+
+    def _disk_ok(self) -> bool:
+        return shutil.disk_usage(self.settings.state_dir).free > self.settings.delivery.min_free_disk_mb * 1_000_000
+
+    def _amqp_options(self, url: str, topology: Topology) -> AmqpOptions:
+        a = self.settings.amqp
+        return AmqpOptions(
+            url=url,
+            topology=topology,
+            instance=self.settings.instance,
+            heartbeat_s=a.heartbeat_s,
+            connect_timeout_s=a.connect_timeout_s,
+            publish_timeout_s=a.publish_timeout_s,
+            work_prefetch=a.work_prefetch,
+        )
+
+    def _engine_options(self) -> EngineOptions:
+        e = self.settings.engine
+        return EngineOptions(e.sessions_per_process, e.ping_interval_s, e.ping_timeout_s)
+
+    def _delivery_options(self) -> DeliveryOptions:
+        d = self.settings.delivery
+        return DeliveryOptions(
+            instance=self.settings.instance,
+            answer_after_s=d.answer_after_ms / 1000,
+            max_bytes=d.outbox_max_mb * 1_000_000,
+            publishes_at_once=d.publishes_at_once,
+        )
+
+    def _session_deps(self, on_removed: Callable[[Session], None]) -> Deps:
+        s, p = self.settings, self._parts
+        assert p.store is not None
+        assert p.state_dir is not None
+        assert p.engines is not None
+        assert p.delivery is not None
+        assert p.outcomes is not None
+        r = s.reconnect
+        return Deps(
+            store=p.store,
+            state_dir=p.state_dir,
+            engines=p.engines,
+            delivery=p.delivery,
+            outcomes=p.outcomes,
+            connecting=asyncio.Semaphore(s.fleet.connects_at_once),
+            options=SessionOptions(s.whatsapp.device_name, r.base_s, r.cap_s, r.alarm_after, r.stable_s),
+            now=_now,
+            random01=random.random,
+            on_removed=on_removed,
+        )
+
+
+async def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT. The exit status: 0 after a clean stop, 1 otherwise."""
+    daemon, signalled = Daemon(settings), asyncio.Event()
+
+    def on_signal(name: str) -> None:
+        if signalled.is_set():
+            logger.bind(action="signal", signal=name).warning("{} again: cutting the waits.", name)
+            daemon.hurry()
+        else:
+            logger.bind(action="signal", signal=name).info("{}: stopping.", name)
+            signalled.set()
+
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, on_signal, sig.name)
+    failed = not await _start_unless(signalled, daemon)
+    if not failed:
+        await signalled.wait()
+    clean = await daemon.stop()
+    return EXIT_UNCLEAN if failed or not clean else 0
+
+
+async def _start_unless(signalled: asyncio.Event, daemon: Daemon) -> bool:
+    """Start, or stop starting when a signal comes first. False when the start failed; the reason is logged."""
+    starting, told = asyncio.ensure_future(daemon.start()), asyncio.ensure_future(signalled.wait())
+    await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+    told.cancel()
+    starting.cancel()
+    try:
+        await starting
+    except asyncio.CancelledError:
+        return True
+    except WarrenError as e:
+        logger.bind(action="start_failed").error("{}", e)
+        return False
+    except Exception:
+        logger.bind(action="start_failed").exception("The start met a bug.")
+        return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `warrend`."""
+    parser = argparse.ArgumentParser(
+        prog="warrend", description="WhatsApp sessions as a service on RabbitMQ: the daemon.", epilog="See also: warren --help"
+    )
+    parser.add_argument("--config", type=Path, help="TOML file (default: ./warren.toml or /etc/warren/warren.toml, if there)")
+    parser.add_argument("--version", action="version", version=f"warrend {__version__}")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = load_settings(arguments.config)
+    except WarrenError as e:
+        sys.stderr.write(f"warrend: {e}\n")
+        return EXIT_CONFIG
+    configure_logging(settings.log.level, settings.log.format, redact=settings.log.redact)
+    return asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""Every session of this daemon: claimed, started, found, removed. One session's trouble stays its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loguru import logger
+
+from warren.errors import BrokerUnavailable, CommandError, OwnershipError, StateError, WarrenError
+from warren.ports import Bus, Claim, Desired, OnMessage, PutSession, SessionRecord, Store
+from warren.services.session import Deps, Session
+
+REMOVAL_WAIT_S = 10.0
+"""How long a `create` waits for the removal of an earlier session of the same name."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetOptions:
+    max_sessions: int = 1_000
+
+
+class Fleet:
+    """Session id to session. `deps_for` makes what a session needs, given what to call when it has been removed."""
+
+    def __init__(
+        self, bus: Bus, store: Store, deps_for: Callable[[Callable[[Session], None]], Deps], options: FleetOptions
+    ) -> None:
+        self._bus, self._store, self._options = bus, store, options
+        self._deps = deps_for(self._on_removed)
+        self._sessions: dict[str, Session] = {}
+        self._claims: dict[str, Claim] = {}
+        self._actors: dict[str, asyncio.Task[None]] = {}
+        self._removals: dict[str, asyncio.Task[None]] = {}
+        self._on_control: OnMessage
+        self._on_work: OnMessage
+
+    async def start(self, on_control: OnMessage, on_work: OnMessage) -> None:
+        """Take up every session of the registry. How many connect at once is bounded by `Deps.connecting`."""
+        self._on_control, self._on_work = on_control, on_work
+        for record in await self._store.sessions():
+            if record.desired is Desired.GONE:
+                continue
+            claim = self._bus.keep_claim(record.session, on_control=on_control, on_work=on_work)
+            if record.desired is Desired.REMOVING:
+                self._begin_removal(record, claim)
+            else:
+                self._add(record, claim).resume()
+        logger.bind(action="fleet_started", sessions=len(self._sessions)).info("Taking up {} sessions.", len(self._sessions))
+
+    def get(self, session: str) -> Session | None:
+        return self._sessions.get(session)
+
+    def removing(self, session: str) -> bool:
+        return session in self._removals
+
+    def statuses(self) -> list[dict[str, Any]]:
+        """Every session's status, by id."""
+        return [self._sessions[s].status() for s in sorted(self._sessions)]
+
+    async def create(self, session: str) -> Session:
+        """Claim a session nobody serves and put it on record; the `create` command itself then starts it.
+
+        Raises CommandError `session_limit`, `owned_elsewhere` or `internal`; nothing is left behind then.
+        """
+        if (removal := self._removals.get(session)) is not None:
+            await asyncio.wait({removal}, timeout=REMOVAL_WAIT_S)
+        if len(self._sessions) >= self._options.max_sessions:
+            raise CommandError(
+                "session_limit",
+                f"This daemon serves {len(self._sessions)} sessions, its limit.",
+                hint="Log out sessions that are not needed, raise `[fleet] max_sessions`, or run another daemon.",
+                final=False,
+            )
+        claim = await self._claim(session)
+        try:
+            before = await self._store.session(session)
+            record = SessionRecord(session, epoch=before.epoch + 1 if before else 1, desired=Desired.STOPPED)
+            await self._store.write(PutSession(record))
+        except StateError as e:
+            await claim.release()
+            raise CommandError("internal", e.message, hint=e.hint, final=False) from e
+        return self._add(record, claim)
+
+    async def _claim(self, session: str) -> Claim:
+        try:
+            return await self._bus.claim(session, on_control=self._on_control, on_work=self._on_work)
+        except OwnershipError as e:
+            raise CommandError(
+                "owned_elsewhere", "Another daemon serves this session.", hint="Publish the command again.", final=False
+            ) from e
+        except BrokerUnavailable as e:
+            raise CommandError("internal", e.message, hint="Publish the command again.", final=False) from e
+
+    def _add(self, record: SessionRecord, claim: Claim) -> Session:
+        session = Session(record, claim, self._deps)
+        self._sessions[session.id], self._claims[session.id] = session, claim
+        self._actors[session.id] = asyncio.create_task(session.run(), name=f"session.{session.id}")
+        return session
+
+    # --- the end of a session
+
+    def _on_removed(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+        self._actors.pop(session.id, None)
+        self._begin_removal(session.record, self._claims.pop(session.id))
+
+    def _begin_removal(self, record: SessionRecord, claim: Claim) -> None:
+        task = asyncio.create_task(self._remove(record, claim), name=f"remove.{record.session}")
+        self._removals[record.session] = task
+        task.add_done_callback(lambda _: self._removals.pop(record.session, None))
+
+    async def _remove(self, record: SessionRecord, claim: Claim) -> None:
+        """Empty and delete the queues of a session that is logged out; goes on after a restart until it is done."""
+        while True:
+            try:
+                await self._bus.connected.wait()
+                await claim.release(remove=True)
+                gone = SessionRecord(record.session, record.epoch, Desired.GONE)
+                await self._store.write(PutSession(gone))
+            except WarrenError as e:
+                logger.bind(action="removal_failed", session=record.session).warning("Removing the session failed: {}", e)
+                await asyncio.sleep(1.0)
+            else:
+                return
+
+    # --- the daemon's stop
+
+    async def finish_sending(self) -> None:
+        await asyncio.gather(*(s.finish_sending() for s in self._sessions.values()))
+
+    async def halt(self) -> None:
+        """Close every connection, side by side. Bounded by the caller."""
+        waiting = [s.halt() for s in self._sessions.values()]
+        if waiting:
+            await asyncio.wait(waiting)
+
+    async def stop(self) -> None:
+        """End the actors."""
+        tasks = [*self._actors.values(), *self._removals.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,150 @@
+"""Where commands come in: decoded, found their session, and handed to it. What cannot be served is answered here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import datetime
+
+from loguru import logger
+
+from warren.core.envelope import Command, Origin, Outcome, Rejected, decode_command
+from warren.core.names import Topology
+from warren.errors import CommandError
+from warren.ports import Bus, Incoming
+from warren.services.fleet import Fleet
+from warren.services.outcomes import Outcomes, Task
+from warren.services.sending import expired_error
+from warren.services.session import Session
+
+_AGAIN = "Publish `create` again."
+
+
+class Gateway:
+    """The callbacks that the bus calls for each command. They hand over; work for nobody's sessions runs in one task."""
+
+    def __init__(
+        self, bus: Bus, fleet: Fleet, outcomes: Outcomes, topology: Topology, instance: str, *, now: Callable[[], datetime]
+    ) -> None:
+        self._bus, self._fleet, self._outcomes = bus, fleet, outcomes
+        self._topology, self._instance, self._now = topology, instance, now
+        self._kinds = {topology.control: "control", topology.commands: "commands", topology.queries: "queries"}
+        self._unserved: asyncio.Queue[Task] = asyncio.Queue()
+        self._open = True
+        self._worker = asyncio.create_task(self._serve_unserved(), name="gateway.unserved")
+
+    def close(self) -> None:
+        """Take no more commands: what still arrives stays unsettled, and RabbitMQ keeps it for the next start."""
+        self._open = False
+
+    async def stop(self) -> None:
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+
+    # --- from the bus
+
+    def on_command(self, incoming: Incoming) -> None:
+        """From a session's control or work queue, or from the queue of unclaimed commands."""
+        if (task := self._decoded(incoming)) is None:
+            return
+        session = self._fleet.get(task.command.session)
+        if session is not None:
+            self._hand_over(session, task)
+        elif task.command.name == "create" and self._fleet.removing(task.command.session):
+            # Drained from a queue that is about to be deleted: the removal waits for this very command to be settled.
+            self._refuse(task, CommandError("session_not_found", "The session is being removed.", hint=_AGAIN, final=False))
+        else:
+            self._unserved.put_nowait(task)
+
+    def on_unclaimed(self, incoming: Incoming) -> None:
+        """From the queue of unclaimed commands: a `send` there missed its session's queue, so the session was not up."""
+        if (task := self._decoded(incoming)) is not None:
+            # In one queue with `create`, so that what follows a `create` finds its session.
+            self._unserved.put_nowait(task)
+
+    def on_query(self, incoming: Incoming) -> None:
+        """`list`: answered by every daemon for its own sessions; nothing is published."""
+        if (task := self._decoded(incoming)) is None:
+            return
+        if incoming.reply_to is None:
+            self._outcomes.drop(incoming)
+            return
+        outcome = Outcome("list", task.command.id, {"instance": self._instance, "sessions": self._fleet.statuses()})
+        self._outcomes.answer(incoming, outcome)
+
+    # --- inside
+
+    def _decoded(self, incoming: Incoming) -> Task | None:
+        if not self._open:
+            return None
+        origin = Origin(self._kinds.get(incoming.exchange, ""), incoming.routing_key, incoming.message_id)
+        try:
+            command = decode_command(incoming.body, origin)
+        except Rejected as e:
+            self._reject(incoming, e)
+            return None
+        self._log(command)
+        return Task(command, incoming)
+
+    def _reject(self, incoming: Incoming, error: Rejected) -> None:
+        logger.bind(action="command_rejected", session=error.session, code=error.reason).info("Command rejected: {}", error)
+        if error.undecodable:
+            self._outcomes.bury(incoming, error, session=error.session, command_id=error.command_id)
+        else:
+            self._outcomes.refuse(incoming, error, session=error.session, command_id=error.command_id, command=error.command)
+
+    def _log(self, command: Command) -> None:
+        logger.bind(action="command", session=command.session, command=command.name, id=command.id).debug(
+            "Command {}.", command.name
+        )
+
+    def _hand_over(self, session: Session, task: Task) -> None:
+        match task.command.name:
+            case "status":
+                self._status(session, task)
+            case "send":
+                if not session.offer(task):
+                    # It crossed the session's going offline: back to its queue until the session is ONLINE again.
+                    self._outcomes.give_back(task)
+            case _:
+                session.command(task)
+
+    def _status(self, session: Session, task: Task) -> None:
+        if task.command.expired(self._now()):
+            self._outcomes.fail(task, expired_error())
+        else:
+            self._outcomes.finish(task, Outcome("status", task.command.id, session.status()), journal=False)
+
+    async def _serve_unserved(self) -> None:
+        while True:
+            task = await self._unserved.get()
+            try:
+                await self._serve(task)
+            except CommandError as e:
+                self._refuse(task, e)
+            except Exception:
+                logger.bind(action="gateway_bug", session=task.command.session).exception("Serving a command met a bug.")
+                self._refuse(task, CommandError("internal", "The command met a bug.", hint="See the log.", final=False))
+
+    async def _serve(self, task: Task) -> None:
+        command = task.command
+        session = self._fleet.get(command.session)
+        if session is None and command.name == "create":
+            if command.expired(self._now()):
+                raise expired_error()
+            session = await self._fleet.create(command.session)
+        if session is not None and command.name != "send":
+            self._hand_over(session, task)
+        elif session is not None:
+            raise CommandError(
+                "not_connected",
+                "The session has only just been created.",
+                hint="Wait for its first `connected` event before sending; later, sends may be published at any time.",
+                final=False,
+            )
+        elif not await self._outcomes.replayed(task):
+            raise CommandError("session_not_found", "Nobody serves this session.", hint="Publish `create` first.", final=False)
+
+    def _refuse(self, task: Task, error: CommandError) -> None:
+        command = task.command
+        self._outcomes.refuse(task.incoming, error, session=command.session, command_id=command.id, command=command.name)

@@ -1,0 +1,664 @@
+"""One session: an actor that runs the state machine, and a lane that sends while it is ONLINE.
+
+The actor's mailbox takes commands, what the engine says about the connection, and its own timers; it never waits for the engine
+(opening and closing run beside it and report back), so a logout is never stuck behind a slow connection. Messages from WhatsApp
+do not pass through the mailbox: they go to delivery in the order in which the engine gives them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import segno
+from loguru import logger
+
+from warren.core import events
+from warren.core.backoff import delay
+from warren.core.envelope import CreateArgs, Outcome, timestamp
+from warren.core.frames import EngineEvent
+from warren.core.machine import CAUSES, Cause, IllegalTrigger, State, Trigger, cause_of, step
+from warren.core.names import event_id
+from warren.errors import CommandError, EngineError, StateError
+from warren.ports import Claim, Desired, PutSession, SessionRecord, StateDir, Store
+from warren.services.delivery import Delivery
+from warren.services.engines import Engines
+from warren.services.outcomes import Outcomes, Task
+from warren.services.sending import SEND_TIMEOUT_S, RequestSend, SendLane, expired_error
+
+MAILBOX = 1_000
+"""Far above what a healthy session can have waiting: few life-cycle events, and commands are bounded by the prefetch."""
+CLOSE_TIMEOUT_S = 12.0
+LOGOUT_TIMEOUT_S = 20.0
+SEND_GRACE_S = 5.0
+"""How long leaving ONLINE waits for the send under way."""
+SETTLE_TIMEOUT_S = 90.0
+"""Longest time from `open` to the first word about it."""
+REPLACED_RETRY_S = 60.0
+KEEPALIVE_FAILURES = 2
+"""Unanswered keepalives in a row (whatsmeow: one every 20 to 30 s) after which the connection is a zombie."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    device_name: str = "warren"
+    reconnect_base_s: float = 5.0
+    reconnect_cap_s: float = 300.0
+    alarm_after: int = 10
+    stable_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deps:
+    """What every session shares."""
+
+    store: Store
+    state_dir: StateDir
+    engines: Engines
+    delivery: Delivery
+    outcomes: Outcomes
+    connecting: asyncio.Semaphore
+    """Bounds how many sessions connect at the same time."""
+    options: SessionOptions
+    now: Callable[[], datetime]
+    random01: Callable[[], float]
+    on_removed: Callable[[Session], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Happened:
+    """A trigger for the machine, from generation `generation` (None: not from an engine)."""
+
+    trigger: Trigger
+    generation: int | None = None
+    cause: Cause | None = None
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A timer is up. `serial` tells it from one that was cancelled after it had fired."""
+
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Halt:
+    """The daemon stops."""
+
+
+_Item = Task | _Happened | _Due | _Halt
+
+_ENDS = frozenset(
+    {
+        Trigger.RESTART,
+        Trigger.LOST,
+        Trigger.REPLACED,
+        Trigger.BANNED,
+        Trigger.UNPAIRED,
+        Trigger.LOGGED_OUT,
+        Trigger.UNREADABLE,
+        Trigger.CLOSED,
+    }
+)
+"""After one of these nothing more of its generation counts."""
+
+
+class Session:
+    """See the module's text. Made by the fleet; `run` is its life and ends with `halt` or `logout`."""
+
+    def __init__(self, record: SessionRecord, claim: Claim, deps: Deps) -> None:
+        self.id = record.session
+        self.state = State(record.halted) if record.halted else State.STOPPED
+        self._record, self._claim, self._deps = record, claim, deps
+        self._mailbox: asyncio.Queue[_Item] = asyncio.Queue(MAILBOX)
+        self._since = deps.now()
+        self._cause: Cause | None = cause_of(record.halted) if record.halted else None
+        self._until: datetime | None = None
+        self._account: dict[str, Any] = {}
+        self._qr: dict[str, Any] | None = None
+        self._last_message_at: str | None = None
+        self._generation = 0
+        self._over = 0
+        self._attempt = 0
+        self._replaced_before = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_serial = 0
+        self._heard = asyncio.Event()
+        self._beside: asyncio.Task[None] | None = None
+        self._lane: SendLane | None = None
+        self._tries: dict[str, int] = {}
+        self._stopping: list[Task] = []
+        self._halted: asyncio.Future[None] | None = None
+        self._removed = False
+        self._log = logger.bind(session=self.id)
+        deps.delivery.begin(record)
+
+    # --- in, from anywhere in the event loop
+
+    def resume(self) -> None:
+        """Start it as its registry row wants, after a start of the daemon."""
+        if self._record.desired is Desired.RUNNING and not self._record.halted:
+            self._post(_Happened(Trigger.START))
+
+    def command(self, task: Task) -> None:
+        """`create`, `disconnect` or `logout`."""
+        self._post(task)
+
+    def offer(self, task: Task) -> bool:
+        """Take a `send`; False when the session is not ONLINE, and the command must go back to its queue."""
+        if self._lane is None or self._lane.ended:
+            return False
+        self._lane.offer(task)
+        return True
+
+    def halt(self) -> asyncio.Future[None]:
+        """Close the connection without changing what the registry wants (shutdown). Done when it is closed."""
+        if self._halted is None:
+            self._halted = asyncio.get_running_loop().create_future()
+            self._post(_Halt())
+        return self._halted
+
+    async def finish_sending(self) -> None:
+        """Begin no further send; return when the one under way has ended."""
+        if self._lane is not None:
+            await self._lane.stop(SEND_TIMEOUT_S)
+
+    def on_engine(self, event: EngineEvent) -> None:
+        """Called by the reader of the engine's pipe, in order. Hands over; never waits."""
+        if event.event in events.ANSWERED:
+            self._inbound(event)
+        elif (happened := self._happened(event)) is not None:
+            self._post(happened)
+
+    @property
+    def record(self) -> SessionRecord:
+        return self._record
+
+    def status(self) -> dict[str, Any]:
+        """What is known right now; see docs/message-api.md."""
+        cause = self._cause
+        return {
+            "session": self.id,
+            "state": self.state.value,
+            "since": timestamp(self._since),
+            "code": cause.code if cause else None,
+            "message": cause.message if cause else None,
+            "hint": cause.hint if cause else None,
+            "until": timestamp(self._until) if self._until else None,
+            "jid": self._account.get("jid"),
+            "lid": self._account.get("lid"),
+            "push_name": self._account.get("push_name"),
+            "epoch": self._record.epoch,
+            "desired": self._record.desired.value,
+            "attempt": self._attempt,
+            "last_message_at": self._last_message_at,
+            "outbox": self._deps.delivery.backlog(self.id),
+            "qr": self._qr if self.state is State.PAIRING else None,
+        }
+
+    # --- the actor
+
+    async def run(self) -> None:
+        """The actor. A bug in handling one thing becomes a state and a log line, never the end of other sessions."""
+        try:
+            while not self._removed:
+                item = await self._mailbox.get()
+                try:
+                    await self._handle(item)
+                except Exception:
+                    self._log.bind(action="session_bug").exception("The session met a bug.")
+                    await self._contain(item)
+        finally:
+            self._cancel_timer()
+            if self._beside is not None:
+                self._beside.cancel()
+
+    def _post(self, item: _Item) -> None:
+        try:
+            self._mailbox.put_nowait(item)
+        except asyncio.QueueFull:
+            # Commands not taken stay unsettled and come back; a lost engine event is repaired by the settle timeout.
+            self._log.bind(action="mailbox_full").error("The session is stuck; dropped {}.", type(item).__name__)
+
+    async def _handle(self, item: _Item) -> None:
+        match item:
+            case Task():
+                await self._command(item)
+            case _Due(serial) if serial == self._timer_serial:
+                await self._timer_up()
+            case _Halt():
+                await self._halt()
+            case _Happened(trigger, None, cause, data):
+                await self._apply(trigger, cause, data or {})
+            case _Happened(trigger, generation, cause, data) if generation == self._generation != self._over:
+                if trigger in _ENDS:
+                    self._over = generation
+                await self._apply(trigger, cause, data or {})
+
+    async def _contain(self, item: object) -> None:
+        if isinstance(item, Task):
+            self._deps.outcomes.fail(
+                item, CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
+            )
+        elif self.state in {State.CONNECTING, State.PAIRING, State.ONLINE}:
+            self._over = self._generation
+            self._close_beside()
+            with contextlib.suppress(Exception):
+                await self._apply(Trigger.LOST, CAUSES["internal"], {})
+
+    # --- commands
+
+    async def _command(self, task: Task) -> None:
+        try:
+            if await self._deps.outcomes.replayed(task):
+                return
+            if task.command.expired(self._deps.now()):
+                raise expired_error()
+            match task.command.name:
+                case "create":
+                    await self._create(task)
+                case "disconnect":
+                    await self._disconnect(task)
+                case "logout":
+                    await self._logout(task)
+        except CommandError as e:
+            self._deps.outcomes.fail(task, e)
+
+    async def _create(self, task: Task) -> None:
+        args = task.command.args
+        settings = dict(self._record.settings)
+        if isinstance(args, CreateArgs) and args.device_name is not None:
+            settings["device_name"] = args.device_name
+        record = replace(self._record, desired=Desired.RUNNING, settings=settings)
+        if self.state is State.LOGGED_OUT:
+            # A new phone, a new life: its own epoch, so that nothing of the old one can be mistaken for it.
+            record = replace(record, epoch=record.epoch + 1, sequence=0)
+        await self._save(replace(record, halted=""))
+        self._deps.delivery.begin(self._record)
+        await self._apply(Trigger.START, None, {})
+        result = {"session": self.id, "state": self.state.value, "epoch": self._record.epoch}
+        self._deps.outcomes.finish(task, Outcome("create", task.command.id, result))
+
+    async def _disconnect(self, task: Task) -> None:
+        await self._save(replace(self._record, desired=Desired.STOPPED))
+        await self._apply(Trigger.STOP, _REQUESTED, {})
+        if self.state is State.STOPPING:
+            self._stopping.append(task)
+        else:
+            self._disconnected(task)
+
+    def _disconnected(self, task: Task) -> None:
+        self._deps.outcomes.finish(task, Outcome("disconnect", task.command.id, {"state": self.state.value}))
+
+    async def _halt(self) -> None:
+        if self.state in {State.CONNECTING, State.PAIRING, State.ONLINE}:
+            await self._apply(Trigger.STOP, _SHUTDOWN, {})
+        self._cancel_timer()
+        if self.state is not State.STOPPING:
+            self._report_halted()
+
+    async def _logout(self, task: Task) -> None:
+        """Unlink at WhatsApp, delete the state, give the queues back. Every step may be repeated after a crash."""
+        if self.state is State.ONLINE:
+            await self._leave_online()
+            await self._unlink()
+        elif self._record.paired and self.state is not State.LOGGED_OUT:
+            raise CommandError(
+                "not_connected",
+                f"The session is {self.state.value}, so WhatsApp cannot be told to unlink the device.",
+                hint="Publish `create`, wait for `connected`, then `logout`. Or unlink it on the phone.",
+                final=False,
+            )
+        else:
+            await self._close_beside_and_wait()
+        self._over = self._generation
+        await self._deps.state_dir.remove(self.id)
+        before = self.state
+        self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="")
+        self._cancel_timer()
+        self._enter(State.STOPPED, _LOGGED_OUT_BY_COMMAND)
+        self._deps.delivery.submit(self.id, "logout", self._told(State.STOPPED, before.value))
+        ticket = self._deps.outcomes.finish(task, Outcome("logout", task.command.id), also=(PutSession(self._record),))
+        await asyncio.shield(ticket.stored)
+        self._removed = True
+        self._deps.on_removed(self)
+
+    async def _unlink(self) -> None:
+        try:
+            await self._deps.engines.request("logout", self.id, self._generation, timeout_s=LOGOUT_TIMEOUT_S)
+        except EngineError as e:
+            # Nobody knows whether WhatsApp got it. Connecting again tells: either it works, or we are logged out.
+            self._over = self._generation
+            self._close_beside()
+            await self._apply(Trigger.LOST, CAUSES["network"], {})
+            raise CommandError(
+                "not_connected",
+                f"WhatsApp did not confirm the logout: {e.message}",
+                hint="Wait for `connected` and publish `logout` again with a new id.",
+                final=False,
+            ) from e
+        self._deps.engines.forget(self.id, self._generation)
+
+    async def _save(self, record: SessionRecord) -> None:
+        if record != self._record:
+            try:
+                await self._deps.store.write(PutSession(record))
+            except StateError as e:
+                raise CommandError("internal", e.message, hint=e.hint, final=False) from e
+            self._record = record
+
+    # --- the machine
+
+    async def _apply(self, trigger: Trigger, cause: Cause | None, data: dict[str, Any]) -> None:
+        """Take one step of the table and do what entering the new state asks for."""
+        try:
+            taken = step(self.state, trigger)
+        except IllegalTrigger as e:
+            self._log.bind(action="illegal_trigger").error("{}", e)
+            return
+        before = self.state
+        if trigger in {Trigger.START, Trigger.STOP} and taken.to is before:
+            return
+        if before is State.ONLINE:
+            await self._leave_online()
+        if trigger in {Trigger.PAIRED, Trigger.CONNECTED}:
+            await self._save(replace(self._record, paired=True))
+        if trigger is Trigger.QR:
+            self._show_qr(data)
+        self._until = _until(data)
+        self._enter(taken.to, cause if trigger is not Trigger.CLOSED else self._cause)
+        await self._entered(before, trigger, data)
+        if taken.event is not None and taken.event != "qr":
+            self._deps.delivery.submit(self.id, taken.event, self._told(taken.to, before.value))
+        await self._remember()
+        if before is State.STOPPING and self.state is not State.STOPPING:
+            await self._stopped()
+
+    def _enter(self, state: State, cause: Cause | None) -> None:
+        """The one place where the state changes, with its one log line."""
+        if state is not self.state:
+            self._log.bind(action="state", state=state.value, previous=self.state.value, code=cause.code if cause else None).info(
+                "{} -> {}{}", self.state.value, state.value, f": {cause.message}" if cause else ""
+            )
+            self._since = self._deps.now()
+        self.state, self._cause = state, cause
+
+    def _told(self, state: State, before: str) -> dict[str, Any]:
+        """The data of a state event."""
+        cause = self._cause
+        told: dict[str, Any] = {"state": state.value, "previous": before}
+        told |= {"code": cause.code, "message": cause.message, "hint": cause.hint} if cause else {"code": state.value}
+        if self._until is not None:
+            told["until"] = timestamp(self._until)
+        if state is State.BACKING_OFF or (state is State.CONNECTING and self._attempt):
+            told["attempt"] = self._attempt
+        if state is State.BACKING_OFF and self._timer is not None:
+            told["retry_in_s"] = round(self._timer.when() - asyncio.get_running_loop().time(), 1)
+        if state is State.ONLINE:
+            told |= self._account
+        return told
+
+    async def _entered(self, before: State, trigger: Trigger, data: dict[str, Any]) -> None:
+        match self.state:
+            case State.CONNECTING if trigger is not Trigger.PAIRED:
+                self._cancel_timer()
+                self._open_beside()
+            case State.ONLINE:
+                self._heard.set()
+                self._account = {k: data.get(k) for k in ("jid", "lid", "push_name")}
+                self._set_timer(self._deps.options.stable_s)
+                self._lane = SendLane(
+                    self.id, self._request_send(self._generation), self._deps.outcomes, self._tries, now=self._deps.now
+                )
+                await self._claim.consume_work()
+            case State.BACKING_OFF:
+                self._back_off(before)
+            case State.REPLACED if not self._replaced_before:
+                self._replaced_before = True
+                self._set_timer(REPLACED_RETRY_S)
+            case State.BLOCKED if self._until is not None:
+                self._set_timer(max(1.0, (self._until - self._deps.now()).total_seconds()))
+            case State.STOPPING if before is not State.STOPPING:
+                self._close_beside(then=Trigger.CLOSED)
+            case State.STOPPED:
+                self._cancel_timer()
+                self._attempt = 0
+                if trigger is Trigger.UNPAIRED:
+                    # New codes are shown only when somebody asks for them.
+                    await self._save(replace(self._record, desired=Desired.STOPPED))
+
+    async def _stopped(self) -> None:
+        """What waited for the close: answers to `disconnect`, the daemon's own stop, a `create` that came meanwhile."""
+        waiting, self._stopping = self._stopping, []
+        for task in waiting:
+            self._disconnected(task)
+        if self._halted is not None:
+            self._report_halted()
+        elif self._record.desired is Desired.RUNNING and self.state is State.STOPPED:
+            await self._apply(Trigger.START, None, {})
+
+    async def _remember(self) -> None:
+        """Keep over a restart that the session needs somebody. A ban or damaged state is found again by trying."""
+        halted = self.state.value if self.state in {State.LOGGED_OUT, State.REPLACED} else ""
+        if halted != self._record.halted:
+            await self._save(
+                replace(self._record, halted=halted, paired=self._record.paired and halted != State.LOGGED_OUT.value)
+            )
+
+    def _report_halted(self) -> None:
+        if self._halted is not None and not self._halted.done():
+            self._halted.set_result(None)
+
+    def _back_off(self, before: State) -> None:
+        options = self._deps.options
+        self._attempt += 1
+        pause = delay(
+            self._attempt - 1, base_s=options.reconnect_base_s, cap_s=options.reconnect_cap_s, random01=self._deps.random01()
+        )
+        if self._cause is not None and self._cause.code == "engine_lost" and before is State.ONLINE:
+            pause = min(pause, 1.0)  # WhatsApp did nothing wrong, and the engine has its own backoff
+        self._set_timer(pause)
+        if self._attempt == options.alarm_after:
+            self._deps.delivery.submit(self.id, "reconnect_failed", self._told(State.BACKING_OFF, before.value))
+
+    # --- timers
+
+    def _set_timer(self, seconds: float) -> None:
+        self._cancel_timer()
+        serial = self._timer_serial
+        self._timer = asyncio.get_running_loop().call_later(seconds, lambda: self._post(_Due(serial)))
+
+    def _cancel_timer(self) -> None:
+        self._timer_serial += 1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def _timer_up(self) -> None:
+        self._timer = None
+        match self.state:
+            case State.ONLINE:
+                # Only a connection that held for a while proves that the trouble is over.
+                self._attempt, self._replaced_before = 0, False
+            case State.BACKING_OFF | State.REPLACED | State.BLOCKED:
+                await self._apply(Trigger.RETRY, None, {})
+
+    # --- the engine
+
+    def _open_beside(self) -> None:
+        if self._beside is not None:
+            self._beside.cancel()
+        self._generation += 1
+        self._heard = asyncio.Event()
+        self._beside = asyncio.create_task(self._open(self._generation, self._beside), name=f"open.{self.id}")
+
+    async def _open(self, generation: int, before: asyncio.Task[None] | None) -> None:
+        """Open the engine's side and see that something comes of it; whatever goes wrong is reported to the mailbox."""
+        if before is not None:
+            await asyncio.gather(before, return_exceptions=True)
+        try:
+            async with self._deps.connecting:
+                opened = await self._request_open(generation)
+                if self._record.paired and not opened.get("paired"):
+                    await self._request_close(generation)
+                    self._lost(generation, "logged_out")
+                    return
+                async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                    await self._heard.wait()
+        except EngineError as e:
+            self._log.bind(action="open_failed", code=e.engine_code).warning("The engine could not open the session: {}", e)
+            await self._request_close(generation)
+            self._lost(generation, e.engine_code if e.engine_code in CAUSES else "engine_unavailable")
+        except StateError as e:
+            self._log.bind(action="state_unreadable").error("{}", e)
+            self._lost(generation, "state_unreadable")
+        except TimeoutError:
+            await self._request_close(generation)
+            self._lost(generation, "network")
+
+    async def _request_open(self, generation: int) -> dict[str, Any]:
+        current = await self._deps.state_dir.current_epoch(self.id)
+        if self._record.paired and current is None:
+            raise EngineError("The session's directory is gone.", engine_code="state_missing")
+        directory = await self._deps.state_dir.prepare(self.id, self._record.epoch)
+        return await self._deps.engines.open(
+            self.id,
+            generation,
+            self.on_engine,
+            directory=str(directory),
+            create=not self._record.paired,
+            device_name=str(self._record.settings.get("device_name", self._deps.options.device_name)),
+        )
+
+    def _lost(self, generation: int, reason: str) -> None:
+        cause = cause_of(reason)
+        self._deps.engines.forget(self.id, generation)
+        self._post(_Happened(cause.trigger, generation, cause))
+
+    def _close_beside(self, then: Trigger | None = None) -> None:
+        if self._beside is not None:
+            self._beside.cancel()
+        self._beside = asyncio.create_task(self._close(self._generation, self._beside, then), name=f"close.{self.id}")
+
+    async def _close(self, generation: int, before: asyncio.Task[None] | None, then: Trigger | None) -> None:
+        if before is not None:
+            await asyncio.gather(before, return_exceptions=True)
+        await self._request_close(generation)
+        if then is not None:
+            self._post(_Happened(then, generation, self._cause))
+
+    async def _request_close(self, generation: int) -> None:
+        """Close a generation, whether or not it is open."""
+        try:
+            await self._deps.engines.request("close", self.id, generation, timeout_s=CLOSE_TIMEOUT_S)
+        except EngineError as e:
+            if e.engine_code not in {"not_open", "gone"}:
+                self._log.bind(action="close_failed", code=e.engine_code).warning("The engine did not close the session: {}", e)
+        self._deps.engines.forget(self.id, generation)
+
+    async def _close_beside_and_wait(self) -> None:
+        self._close_beside()
+        assert self._beside is not None
+        await asyncio.gather(self._beside, return_exceptions=True)
+
+    def _happened(self, event: EngineEvent) -> _Happened | None:
+        """What a life-cycle event of the engine means for the machine."""
+        generation, data = event.generation, event.data
+        match event.event:
+            case "qr":
+                self._heard.set()
+                return _Happened(Trigger.QR, generation, None, data)
+            case "paired":
+                return _Happened(Trigger.PAIRED, generation, None, data)
+            case "connected":
+                return _Happened(Trigger.CONNECTED, generation, None, data)
+            case "logged_out":
+                return self._ended(generation, "logged_out", data)
+            case "disconnected":
+                return self._ended(generation, str(data.get("reason")), data)
+            case "keepalive":
+                return self._keepalive(generation, data)
+        self._log.bind(action="engine_event_unknown").warning("The engine sent an unknown event {}.", event.event)
+        return None
+
+    def _ended(self, generation: int, reason: str, data: dict[str, Any]) -> _Happened:
+        self._heard.set()
+        self._deps.engines.forget(self.id, generation)
+        cause = cause_of(reason)
+        if isinstance(said := data.get("message"), str) and said:
+            cause = replace(cause, message=f"{cause.message} ({said})")
+        return _Happened(cause.trigger, generation, cause, data)
+
+    def _keepalive(self, generation: int, data: dict[str, Any]) -> _Happened | None:
+        failures = data.get("failures", 0)
+        self._log.bind(action="keepalive", failures=failures).debug("Keepalive failures: {}", failures)
+        if failures < KEEPALIVE_FAILURES or generation != self._generation or self.state is not State.ONLINE:
+            return None
+        cause = CAUSES["keepalive_timeout"]
+        told = {"state": self.state.value, "previous": self.state.value, "code": cause.code, "message": cause.message}
+        self._deps.delivery.submit(self.id, "health_check_failed", {**told, "hint": cause.hint})
+        self._close_beside()
+        return _Happened(cause.trigger, generation, cause, data)
+
+    def _show_qr(self, data: dict[str, Any]) -> None:
+        code = str(data["code"])
+        expires = self._deps.now() + timedelta(milliseconds=int(data["ttl_ms"]))
+        self._qr = {"code": code, "expires_at": timestamp(expires), "remaining": data.get("remaining", 0)}
+        shown = {**self._qr, "image": qr_image(code)}
+        self._deps.delivery.ephemeral(self.id, "qr", shown, event_id=event_id(self.id, "qr", code))
+
+    # --- messages in
+
+    def _inbound(self, event: EngineEvent) -> None:
+        """Row first, then the answer: WhatsApp learns "received" only when the event is safe."""
+        arrived = events.inbound(event)
+        if arrived.event == "message":
+            self._last_message_at = timestamp(self._deps.now())
+        ticket = self._deps.delivery.submit(self.id, arrived.event, arrived.data, event_id=arrived.event_id)
+        if ticket.safe.done():
+            self._deps.engines.answer(event, ok=True)
+        else:
+            ticket.safe.add_done_callback(lambda _: self._deps.engines.answer(event, ok=True))
+
+    # --- messages out
+
+    def _request_send(self, generation: int) -> RequestSend:
+        async def request(**arguments: Any) -> dict[str, Any]:
+            return await self._deps.engines.request("send", self.id, generation, timeout_s=SEND_TIMEOUT_S + 15.0, **arguments)
+
+        return request
+
+    async def _leave_online(self) -> None:
+        """Stop taking sends; what was not begun goes back to its queue."""
+        self._cancel_timer()
+        await self._claim.pause_work()
+        if self._lane is not None:
+            await self._lane.stop(SEND_GRACE_S)
+
+
+_SHUTDOWN = Cause(Trigger.STOP, "shutdown", "The daemon is stopping.", "Nothing to do: the session comes back with the daemon.")
+_REQUESTED = Cause(
+    Trigger.STOP, "requested", "`disconnect` was asked for.", "Publish `create` to connect again; no QR is needed."
+)
+_LOGGED_OUT_BY_COMMAND = Cause(
+    Trigger.LOGGED_OUT, "logged_out", "`logout` was asked for: the device is unlinked and the session removed."
+)
+
+
+def qr_image(code: str) -> str:
+    """The QR as a small PNG in a data URI."""
+    out = io.BytesIO()
+    segno.make(code, error="l", micro=False).save(out, kind="png", scale=4, border=4)
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _until(data: dict[str, Any]) -> datetime | None:
+    said = data.get("until")
+    return datetime.fromisoformat(said) if isinstance(said, str) else None
