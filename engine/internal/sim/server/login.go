@@ -1,0 +1,68 @@
+package server
+
+import (
+	"strconv"
+	"time"
+
+	"go.mau.fi/whatsmeow/proto/waWa6"
+	"go.mau.fi/whatsmeow/types"
+	"google.golang.org/protobuf/proto"
+)
+
+// Reasons of `<failure>` (whatsmeow types/events, ConnectFailureReason).
+const (
+	failureLoggedOut  = 401
+	failureBadRequest = 400
+)
+
+// start deals with the payload of the handshake: a login, or a client that wants to be paired.
+func (c *client) start() {
+	var payload waWa6.ClientPayload
+	if err := proto.Unmarshal(c.link.Payload(), &payload); err != nil {
+		c.fail(failureBadRequest)
+		return
+	}
+	switch {
+	case payload.Username != nil:
+		c.login(strconv.FormatUint(payload.GetUsername(), 10), payload.GetDevice())
+	case payload.GetDevicePairingData() != nil:
+		c.offerPairing(payload.GetDevicePairingData())
+	default:
+		c.fail(failureBadRequest)
+	}
+}
+
+func (c *client) fail(reason int) {
+	c.goodbye(Node{Tag: "failure", Attrs: Attrs{"reason": reason, "location": "sim"}})
+}
+
+// login lets in a linked device that holds the Noise key it was paired with.
+func (c *client) login(number string, id uint32) {
+	account := c.srv.Account(types.NewJID(number, types.DefaultUserServer))
+	if account == nil || id == 0 || id > maxDeviceID {
+		c.fail(failureLoggedOut)
+		return
+	}
+	device := account.Device(uint16(id))
+	if device == nil || device.noiseKey != c.link.ClientStatic() {
+		c.fail(failureLoggedOut)
+		return
+	}
+	replaced, offline, ok := device.attach(c)
+	if !ok {
+		c.fail(failureLoggedOut)
+		return
+	}
+	if replaced != nil {
+		replaced.goodbye(streamError("", Node{Tag: "conflict", Attrs: Attrs{"type": "replaced"}}))
+	}
+	// The writer takes nothing from the mailbox before attached is set, and sends replies first: success is the first
+	// stanza of the connection.
+	c.answer(Node{Tag: "success", Attrs: Attrs{
+		"t": time.Now().Unix(), "lid": device.address(true), "location": "sim",
+	}})
+	c.attached.Store(&attachment{device: device, offline: offline})
+	c.nudge()
+	c.srv.logins.Add(1)
+	c.log.Info("login", "action", "login", "account", number, "device", id, "pending", offline.total)
+}
