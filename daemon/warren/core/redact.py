@@ -1,4 +1,4 @@
-"""What must not stand in a log: phone numbers, LIDs, keys, passwords, message texts. Pure; `edges.logs` applies it to every record."""
+"""What must not stand in a log: phone numbers, LIDs, keys, passwords, texts. Pure; `edges.logs` applies it to every record."""
 
 from __future__ import annotations
 
