@@ -17,7 +17,7 @@ from loguru import logger
 
 from warren import __version__
 from warren.core.names import Topology
-from warren.edges.amqp import AmqpBus, AmqpOptions
+from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.broker_node import BrokerNode
 from warren.edges.engine_pipe import start_engine
 from warren.edges.logs import configure_logging
@@ -42,6 +42,12 @@ ENGINE_STOP_S = 10.0
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _lock_lost(session: str) -> None:
+    logger.bind(action="lock_lost", session=session).error(
+        "Another daemon holds session {}. Two daemons must not share a state directory's copy: log it out on one of them.", session
+    )
 
 
 @dataclass(slots=True)
@@ -86,6 +92,7 @@ class Daemon:
             self._amqp_options(url, topology),
             on_unclaimed=lambda m: p.gateway.on_unclaimed(m) if p.gateway else None,
             on_query=lambda m: p.gateway.on_query(m) if p.gateway else None,
+            on_lock_lost=_lock_lost,
         )
         # 5. Engines: the first one now, so that a wrong binary is noticed at the start.
         p.engines = Engines(self._start_engine, self._engine_options(), random01=random.random)
@@ -96,11 +103,11 @@ class Daemon:
         )
         await p.delivery.start()
         p.outcomes = Outcomes(p.bus, p.store, p.delivery, topology)
-        # 7. The sessions and the way in to them; then the bus, which begins to deliver commands.
+        # 7. The sessions and the way in to them; only then the bus, so that every command finds its session.
         p.fleet = Fleet(p.bus, p.store, self._session_deps, FleetOptions(s.fleet.max_sessions))
         p.gateway = Gateway(p.bus, p.fleet, p.outcomes, topology, s.instance, now=_now)
-        await p.bus.start()
         await p.fleet.start(p.gateway.on_command, p.gateway.on_command)
+        await p.bus.start()
         logger.bind(action="ready", instance=s.instance).info("warrend {} is ready.", __version__)
 
     async def stop(self) -> bool:
@@ -208,9 +215,9 @@ class Daemon:
     def _disk_ok(self) -> bool:
         return shutil.disk_usage(self.settings.state_dir).free > self.settings.delivery.min_free_disk_mb * 1_000_000
 
-    def _amqp_options(self, url: str, topology: Topology) -> AmqpOptions:
+    def _amqp_options(self, url: str, topology: Topology) -> BusOptions:
         a = self.settings.amqp
-        return AmqpOptions(
+        return BusOptions(
             url=url,
             topology=topology,
             instance=self.settings.instance,

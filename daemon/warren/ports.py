@@ -57,6 +57,10 @@ class Claim(Protocol):
         """Whether the lock is ours right now."""
         ...
 
+    async def wait_held(self) -> None:
+        """Until the lock is ours and the control queue is consumed."""
+        ...
+
     async def consume_work(self) -> None:
         """Start consuming `warren.session.<id>` (idempotent). Kept up over reconnects."""
         ...

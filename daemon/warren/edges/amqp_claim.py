@@ -321,6 +321,10 @@ class AmqpClaim:
         """See `ports.Claim`. The lock is the connection's: losing only the channel does not lose it."""
         return self._lock_link is not None and not self._lock_link.closed.is_set()
 
+    async def wait_held(self) -> None:
+        """See `ports.Claim`."""
+        await self._kept.up.wait()
+
     @property
     def releasing(self) -> bool:
         """Whether a `release` is under way."""

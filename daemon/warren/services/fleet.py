@@ -33,6 +33,7 @@ class Fleet:
         self._sessions: dict[str, Session] = {}
         self._claims: dict[str, Claim] = {}
         self._actors: dict[str, asyncio.Task[None]] = {}
+        self._resuming: set[asyncio.Task[None]] = set()
         self._removals: dict[str, asyncio.Task[None]] = {}
         self._on_control: OnMessage
         self._on_work: OnMessage
@@ -47,8 +48,16 @@ class Fleet:
             if record.desired is Desired.REMOVING:
                 self._begin_removal(record, claim)
             else:
-                self._add(record, claim).resume()
+                task = asyncio.create_task(self._resume(self._add(record, claim), claim))
+                self._resuming.add(task)
+                task.add_done_callback(self._resuming.discard)
         logger.bind(action="fleet_started", sessions=len(self._sessions)).info("Taking up {} sessions.", len(self._sessions))
+
+    @staticmethod
+    async def _resume(session: Session, claim: Claim) -> None:
+        """Connect only once the lock is ours: two owners of one device would replace each other for ever."""
+        await claim.wait_held()
+        session.resume()
 
     def get(self, session: str) -> Session | None:
         return self._sessions.get(session)
@@ -139,7 +148,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End the actors."""
-        tasks = [*self._actors.values(), *self._removals.values()]
+        tasks = [*self._resuming, *self._actors.values(), *self._removals.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
