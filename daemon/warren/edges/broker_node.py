@@ -328,13 +328,13 @@ raft.wal_max_size_bytes = 33554432
 
     async def _failed(self, broker: Process, console: Path) -> BrokerUnavailable:
         async with aiofiles.open(console, errors="replace") as file:
-            tail = "\n".join((await file.read()).strip().splitlines()[-LOG_LINES:])
+            words = _last_words(await file.read())
         what = (
             f"gave no answer within {self._start_timeout_s:g} s"
             if broker.returncode is None
             else f"ended while starting (status {broker.returncode})"
         )
-        return BrokerUnavailable(f"RabbitMQ {what}. Its last words:\n{tail}\n", hint=f"The logs are in {console.parent}.")
+        return BrokerUnavailable(f"RabbitMQ {what}. Its last words:\n{words}\n", hint=f"The logs are in {console.parent}.")
 
     def _save(self, node: _Node) -> None:
         _write(self._base / "node.json", node.model_dump_json(indent=2).encode())
@@ -504,6 +504,15 @@ def _write(path: Path, content: bytes, *, mode: int = 0o600) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _last_words(console: str) -> str:
+    """What a broker said before it gave up: around its "BOOT FAILED", because pages of crash reports follow that."""
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", console).splitlines() if line.strip()]
+    failed = next((number for number, line in enumerate(lines) if line.startswith("BOOT FAILED")), None)
+    if failed is None:
+        return "\n".join(lines[-LOG_LINES:])
+    return "\n".join(lines[max(0, failed - LOG_LINES // 2) : failed + LOG_LINES // 2])
 
 
 def _version(sbin: Path) -> tuple[int, ...]:
