@@ -19,7 +19,10 @@ import (
 	"warren/engine/internal/sim/server"
 )
 
-const headerTimeout = 10 * time.Second
+const (
+	headerTimeout = 10 * time.Second
+	writeTimeout  = 10 * time.Second
+)
 
 // Config says where to listen. The zero value means free ports on 127.0.0.1, a new root key and no logs.
 type Config struct {
@@ -27,7 +30,9 @@ type Config struct {
 	// RootKey signs the Noise certificates. A client process can pin one root only, so simulators that are to serve the
 	// same process one after the other share it.
 	RootKey *keys.KeyPair
-	Log     *slog.Logger
+	// WriteTimeout is how long a client may not read before it is cut; 0 means 10 s.
+	WriteTimeout time.Duration
+	Log          *slog.Logger
 }
 
 // Simulator is a running simulator.
@@ -50,6 +55,9 @@ func Start(cfg Config) (*Simulator, error) {
 	if cfg.RootKey == nil {
 		cfg.RootKey = keys.NewKeyPair()
 	}
+	if cfg.WriteTimeout == 0 {
+		cfg.WriteTimeout = writeTimeout
+	}
 	identity, err := noise.NewIdentity(cfg.RootKey, time.Now())
 	if err != nil {
 		return nil, err
@@ -67,7 +75,7 @@ func Start(cfg Config) (*Simulator, error) {
 		_ = waListener.Close() // nothing was served on it
 		return nil, fmt.Errorf("control: %w", err)
 	}
-	srv := server.New(identity, cfg.Log)
+	srv := server.New(identity, cfg.WriteTimeout, cfg.Log)
 	s := &Simulator{
 		API: control.New(srv, cfg.Log), srv: srv, identity: identity, caPEM: caPEM,
 		waAddr: waListener.Addr(), ctlAddr: controlListener.Addr(),

@@ -50,7 +50,13 @@ type world struct {
 
 func newWorld(t testing.TB) *world {
 	t.Helper()
-	s, err := sim.Start(sim.Config{RootKey: rootKey})
+	return newWorldWith(t, sim.Config{})
+}
+
+func newWorldWith(t testing.TB, config sim.Config) *world {
+	t.Helper()
+	config.RootKey = rootKey
+	s, err := sim.Start(config)
 	if err != nil {
 		t.Fatal(err)
 	}

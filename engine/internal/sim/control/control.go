@@ -22,7 +22,7 @@ import (
 )
 
 const (
-	maxBody = 1 << 20
+	maxBody = 4 << 20
 	// maxCount bounds one send request; it also bounds how long the request may take.
 	maxCount = 100_000
 )

@@ -19,12 +19,9 @@ import (
 const (
 	// HandshakeTimeout bounds websocket upgrade to ClientFinish; whatsmeow waits as long for its half.
 	HandshakeTimeout = 20 * time.Second
-	// WriteTimeout is how long one frame may take to reach the kernel before its reader counts as gone.
-	WriteTimeout = 10 * time.Second
-
-	lengthSize   = 3
-	frameMaxSize = 1 << 24
-	headerSize   = 4
+	lengthSize       = 3
+	frameMaxSize     = 1 << 24
+	headerSize       = 4
 )
 
 // edgeRouting is how a client prefixes the routing information it was given at an earlier login.
@@ -38,18 +35,20 @@ var ErrMalformed = errors.New("malformed frame")
 
 // Conn is one client's connection. ReadNode and WriteNode may run side by side, each from one goroutine.
 type Conn struct {
-	ws     *websocket.Conn
-	raw    net.Conn
-	result *noise.Result
-	buffer []byte
+	ws           *websocket.Conn
+	raw          net.Conn
+	writeTimeout time.Duration
+	result       *noise.Result
+	buffer       []byte
 }
 
-// Accept runs the Noise handshake on a fresh websocket. Raw is the connection under it, for Abort.
-func Accept(ctx context.Context, ws *websocket.Conn, raw net.Conn, identity *noise.Identity) (*Conn, error) {
+// Accept runs the Noise handshake on a fresh websocket. Raw is the connection under it, for Abort; writeTimeout is how
+// long one frame may take to leave before its reader counts as gone.
+func Accept(ctx context.Context, ws *websocket.Conn, raw net.Conn, identity *noise.Identity, writeTimeout time.Duration) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, HandshakeTimeout)
 	defer cancel()
 	ws.SetReadLimit(frameMaxSize + headerSize + lengthSize)
-	c := &Conn{ws: ws, raw: raw}
+	c := &Conn{ws: ws, raw: raw, writeTimeout: writeTimeout}
 	prologue, err := c.readHeader(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("connection header: %w", err)
@@ -92,7 +91,7 @@ func (c *Conn) ReadNode(ctx context.Context) (node *waBinary.Node, err error) {
 	return waBinary.Unmarshal(unpacked)
 }
 
-// WriteNode sends one stanza, within WriteTimeout.
+// WriteNode sends one stanza.
 func (c *Conn) WriteNode(ctx context.Context, node waBinary.Node) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
@@ -178,7 +177,7 @@ func (c *Conn) writeFrame(ctx context.Context, data []byte) error {
 	if len(data) >= frameMaxSize {
 		return fmt.Errorf("frame of %d bytes is too long", len(data))
 	}
-	ctx, cancel := context.WithTimeout(ctx, WriteTimeout)
+	ctx, cancel := context.WithTimeout(ctx, c.writeTimeout)
 	defer cancel()
 	frame := make([]byte, lengthSize, lengthSize+len(data))
 	frame[0], frame[1], frame[2] = byte(len(data)>>16), byte(len(data)>>8), byte(len(data))

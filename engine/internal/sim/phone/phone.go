@@ -136,9 +136,9 @@ func (p *Phone) Receive(stanza server.Node) {
 }
 
 // signalAddress is the address that a device's session is kept under, whichever JID it is called by.
-func signalAddress(d *server.Device) *protocol.SignalAddress {
-	jid := d.Account.LIDJID()
-	jid.Device = d.ID
+func signalAddress(account *server.Account, device uint16) *protocol.SignalAddress {
+	jid := account.LIDJID()
+	jid.Device = device
 	return jid.SignalAddress()
 }
 

@@ -26,6 +26,12 @@ const (
 	nackOldCounter = 496
 )
 
+// sender is the device that a message came from.
+type sender struct {
+	account *server.Account
+	device  uint16
+}
+
 // receiveMessage decrypts a message, shows it and sends the delivery receipt.
 func (p *Phone) receiveMessage(stanza *server.Node) {
 	origin := server.AttrJID(stanza, "from")
@@ -33,22 +39,20 @@ func (p *Phone) receiveMessage(stanza *server.Node) {
 	if account == nil {
 		return
 	}
-	sender := account.Device(origin.Device)
-	if sender == nil {
-		return // unlinked between its last message and now
-	}
+	// The device may have been unlinked since it sent this; its last messages count all the same.
+	from := sender{account, origin.Device}
 	peer := server.AttrString(stanza, "category") == "peer"
 	if !peer {
 		p.countStanza(account)
 	}
 	for _, enc := range stanza.GetChildrenByTag("enc") {
-		message, err := p.open(sender, &enc)
+		message, err := p.open(from, &enc)
 		if err != nil {
-			p.undecryptable(stanza, &enc, sender, err)
+			p.undecryptable(stanza, &enc, from, err)
 			return
 		}
 		if !peer {
-			p.record(stanza, sender, message)
+			p.record(stanza, from, message)
 		}
 	}
 	p.acknowledge(stanza, account, peer)
@@ -61,9 +65,9 @@ func (p *Phone) countStanza(account *server.Account) {
 }
 
 // open decrypts one ciphertext.
-func (p *Phone) open(sender *server.Device, enc *server.Node) (*waE2E.Message, error) {
+func (p *Phone) open(from sender, enc *server.Node) (*waE2E.Message, error) {
 	ciphertext, _ := enc.Content.([]byte)
-	padded, err := p.vault.decrypt(signalAddress(sender), server.AttrString(enc, "type"), ciphertext)
+	padded, err := p.vault.decrypt(signalAddress(from.account, from.device), server.AttrString(enc, "type"), ciphertext)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +83,7 @@ func (p *Phone) open(sender *server.Device, enc *server.Node) (*waE2E.Message, e
 }
 
 // record shows the message if a person would see anything of it.
-func (p *Phone) record(stanza *server.Node, sender *server.Device, message *waE2E.Message) {
+func (p *Phone) record(stanza *server.Node, from sender, message *waE2E.Message) {
 	to := p.account
 	if copied := message.GetDeviceSentMessage(); copied != nil {
 		message = copied.GetMessage()
@@ -96,7 +100,7 @@ func (p *Phone) record(stanza *server.Node, sender *server.Device, message *waE2
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.view.show(Shown{
-		From: sender.Account.Number, FromDevice: int(sender.ID), To: to.Number, MessageID: server.AttrString(stanza, "id"),
+		From: from.account.Number, FromDevice: int(from.device), To: to.Number, MessageID: server.AttrString(stanza, "id"),
 		Text: text, Kind: kind, Timestamp: time.Unix(seconds, 0).UTC(),
 	}, server.AttrJID(stanza, "from"))
 }
@@ -129,12 +133,12 @@ func (p *Phone) acknowledge(stanza *server.Node, account *server.Account, peer b
 }
 
 // undecryptable deals with a message that does not decrypt: a retry receipt asks its sender for it again.
-func (p *Phone) undecryptable(stanza, enc *server.Node, sender *server.Device, cause error) {
+func (p *Phone) undecryptable(stanza, enc *server.Node, from sender, cause error) {
 	id := server.AttrString(stanza, "id")
-	key := messageKey{sender.Account.Number, id}
+	key := messageKey{from.account.Number, id}
 	p.mu.Lock()
 	_, seen := p.view.origin[key]
-	p.view.count(sender.Account.Number).undecryptable++
+	p.view.count(from.account.Number).undecryptable++
 	p.view.failures[key]++
 	count := p.view.failures[key]
 	p.mu.Unlock()
@@ -142,7 +146,7 @@ func (p *Phone) undecryptable(stanza, enc *server.Node, sender *server.Device, c
 	switch {
 	case errors.Is(cause, errOldCounter) && seen:
 		// A message that is on the screen came once more, in the same ciphertext.
-		p.acknowledge(stanza, sender.Account, false)
+		p.acknowledge(stanza, from.account, false)
 	case errors.Is(cause, errOldCounter):
 		p.log.Info("ratchet step used twice, message lost", "action", "old_counter", "message_id", id, "nack", nackOldCounter)
 	case count <= maxRetries:

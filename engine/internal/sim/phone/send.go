@@ -92,7 +92,7 @@ func encode(to *server.Account, text string) (plain, copied []byte, err error) {
 
 // encryptFor encrypts for one device, in a new session if there is none.
 func (p *Phone) encryptFor(target *server.Device, plaintext []byte) (server.Node, error) {
-	address := signalAddress(target)
+	address := signalAddress(target.Account, target.ID)
 	if !p.vault.hasSession(address) {
 		// The bundle is fetched without the vault's lock: it may make another phone upload keys.
 		if err := p.vault.begin(address, p.srv.TakeBundle(target), false); err != nil {
@@ -176,7 +176,7 @@ func (p *Phone) reencrypt(receipt *server.Node, target *server.Device, to *serve
 	if !given {
 		bundle = p.srv.TakeBundle(target)
 	}
-	if err := p.vault.begin(signalAddress(target), bundle, true); err != nil {
+	if err := p.vault.begin(signalAddress(target.Account, target.ID), bundle, true); err != nil {
 		return server.Node{}, err
 	}
 	enc, err := p.encryptFor(target, plain)

@@ -145,19 +145,75 @@ func (v *vault) encrypt(address *protocol.SignalAddress, plaintext []byte) (kind
 func (v *vault) decrypt(address *protocol.SignalAddress, kind string, ciphertext []byte) ([]byte, error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	cipher := session.NewCipher(session.NewBuilderFromSignal(&v.store, address, serializer), address)
 	if kind == encPreKey {
-		message, err := protocol.NewPreKeySignalMessageFromBytes(ciphertext, serializer.PreKeySignalMessage, serializer.SignalMessage)
-		if err != nil {
-			return nil, fmt.Errorf("parse: %w", err)
-		}
-		return cipher.DecryptMessage(context.Background(), message)
+		return v.decryptPreKey(address, ciphertext)
 	}
 	message, err := protocol.NewSignalMessageFromBytes(ciphertext, serializer.SignalMessage)
 	if err != nil {
 		return nil, fmt.Errorf("parse: %w", err)
 	}
-	return cipher.Decrypt(context.Background(), message)
+	structure := v.store.sessions[address.String()]
+	if structure == nil {
+		return nil, signalerror.ErrNoSessionForUser
+	}
+	return v.decryptIn(address, structure, message)
+}
+
+// decryptPreKey decrypts a message that starts a session, or still announces one.
+func (v *vault) decryptPreKey(address *protocol.SignalAddress, ciphertext []byte) ([]byte, error) {
+	ctx := context.Background()
+	message, err := protocol.NewPreKeySignalMessageFromBytes(ciphertext, serializer.PreKeySignalMessage, serializer.SignalMessage)
+	if err != nil {
+		return nil, fmt.Errorf("parse: %w", err)
+	}
+	existing, err := v.store.LoadSession(ctx, address)
+	if err != nil {
+		return nil, err
+	}
+	used, err := session.NewBuilderFromSignal(&v.store, address, serializer).Process(ctx, existing, message)
+	if err != nil {
+		return nil, err
+	}
+	plaintext, err := v.decryptIn(address, existing.Structure(), message.WhisperMessage())
+	if err == nil && !used.IsEmpty {
+		delete(v.store.preKeys, used.Value)
+	}
+	return plaintext, err
+}
+
+// decryptIn tries the session's current state, then its archived ones, each in a copy: libsignal's own loop changes the
+// states that it tries in vain, and breaks sessions that two sides have started at the same time.
+func (v *vault) decryptIn(address *protocol.SignalAddress, structure *record.SessionStructure, message *protocol.SignalMessage) ([]byte, error) {
+	cipher := session.NewCipher(session.NewBuilderFromSignal(&v.store, address, serializer), address)
+	for i := -1; i < len(structure.PreviousStates); i++ {
+		attempt, err := record.NewSessionFromStructure(promote(structure, i), serializer.Session, serializer.State)
+		if err != nil {
+			return nil, err
+		}
+		plaintext, _, err := cipher.DecryptWithState(context.Background(), attempt.SessionState(), message)
+		if err == nil {
+			v.store.sessions[address.String()] = attempt.Structure()
+			return plaintext, nil
+		}
+		if errors.Is(err, errOldCounter) {
+			return nil, err
+		}
+	}
+	return nil, signalerror.ErrNoValidSessions
+}
+
+// promote makes the archived state i the current one; -1 leaves all as it is.
+func promote(s *record.SessionStructure, i int) *record.SessionStructure {
+	if i < 0 {
+		return s
+	}
+	previous := []*record.StateStructure{s.SessionState}
+	for j, state := range s.PreviousStates {
+		if j != i {
+			previous = append(previous, state)
+		}
+	}
+	return &record.SessionStructure{SessionState: s.PreviousStates[i], PreviousStates: previous}
 }
 
 var errOldCounter = signalerror.ErrOldCounter

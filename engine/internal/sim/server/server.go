@@ -41,8 +41,9 @@ type Stats struct {
 
 // Server is a WhatsApp server.
 type Server struct {
-	log      *slog.Logger
-	identity *noise.Identity
+	log          *slog.Logger
+	identity     *noise.Identity
+	writeTimeout time.Duration
 
 	connections, logins, stanzasIn, stanzasOut atomic.Int64
 	ids                                        atomic.Uint64
@@ -50,6 +51,7 @@ type Server struct {
 	mu       sync.RWMutex
 	byNumber map[string]*Account
 	byLID    map[string]*Account
+	closed   bool
 	// refs are the QR references on show, each with the client that shows it.
 	refs map[string]*client
 
@@ -59,17 +61,35 @@ type Server struct {
 	clients sync.WaitGroup
 }
 
-// New creates a server without accounts.
-func New(identity *noise.Identity, log *slog.Logger) *Server {
-	s := &Server{log: log, identity: identity, byNumber: map[string]*Account{}, byLID: map[string]*Account{}, refs: map[string]*client{}}
+// New creates a server without accounts. A client that does not take a stanza within writeTimeout is cut; what it did
+// not receipt stays pending.
+func New(identity *noise.Identity, writeTimeout time.Duration, log *slog.Logger) *Server {
+	s := &Server{
+		log: log, identity: identity, writeTimeout: writeTimeout,
+		byNumber: map[string]*Account{}, byLID: map[string]*Account{}, refs: map[string]*client{},
+	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
 }
 
 // Close cuts all connections and waits until they have ended.
 func (s *Server) Close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
 	s.cancel()
 	s.clients.Wait()
+}
+
+// enter counts a connection that is being served, unless the server is closing.
+func (s *Server) enter() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false
+	}
+	s.clients.Add(1)
+	return true
 }
 
 // Stats returns the counters.
@@ -196,7 +216,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.NotFound(w, r)
 		return
 	}
-	s.clients.Add(1)
+	if !s.enter() {
+		http.Error(w, "closing", http.StatusServiceUnavailable)
+		return
+	}
 	defer s.clients.Done()
 	// The Origin is WhatsApp's web page's, the host this one's: there is nothing to compare.
 	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true})
@@ -204,7 +227,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.log.Debug("websocket refused", "action", "websocket_refused", "error", err)
 		return
 	}
-	conn, err := link.Accept(s.ctx, ws, raw, s.identity)
+	conn, err := link.Accept(s.ctx, ws, raw, s.identity, s.writeTimeout)
 	if err != nil {
 		s.log.Info("handshake failed", "action", "handshake_failed", "error", err)
 		_ = ws.CloseNow() // nothing was agreed on, so there is nothing to say
