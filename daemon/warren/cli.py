@@ -1,0 +1,618 @@
+"""The command `warren`: everything over RabbitMQ, so it works from any machine that reaches the broker."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import orjson
+
+from warren import __version__
+from warren.client import Client, NoAnswer, Subscription, broker_address
+from warren.core.envelope import Outcome
+from warren.core.machine import State
+from warren.core.names import is_session_id
+from warren.edges.settings import Settings, find_engine_binary, load_settings
+from warren.edges.terminal import QrScreen, printable
+from warren.errors import BrokerUnavailable, CommandError, ConfigError, WarrenError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BROKER, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_CODES = """\
+exit status:
+  0    it went well
+  1    the command failed; the error says why
+  2    wrong usage or configuration
+  3    RabbitMQ cannot be reached
+  4    no answer in time
+  130  interrupted
+"""
+CALL_TIMEOUT_S = 30.0
+LIST_TIMEOUT_S = 2.0
+SIM_OPTIONS = ("listen", "control", "ca-file", "log-level")
+
+
+class UsageError(ConfigError):
+    """A command line that argparse does not understand."""
+
+    code = "usage"
+
+
+class Failed(Exception):
+    """A command whose outcome is an error."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__()
+        self.outcome = outcome
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `warren`. Returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    args = argparse.Namespace(config=None, url=None, timeout=None, json="--json" in words)
+    try:
+        build_parser().parse_args(words, args)
+        return int(args.run(args))
+    except Failed as e:
+        return _complain(e.outcome.error or {}, e.outcome.body(), EXIT_FAILED, as_json=args.json)
+    except WarrenError as e:
+        error = {"code": getattr(e, "reason", e.code), "message": e.message, "hint": e.hint}
+        return _complain(error, {"error": error}, _exit_status(e), as_json=args.json)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough (`warren watch | head`). Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _exit_status(error: WarrenError) -> int:
+    match error:
+        case ConfigError():
+            return EXIT_USAGE
+        case BrokerUnavailable():
+            return EXIT_BROKER
+        case NoAnswer():
+            return EXIT_NO_ANSWER
+        case _:
+            return EXIT_FAILED
+
+
+def _complain(error: dict[str, Any], document: dict[str, Any], status: int, *, as_json: bool) -> int:
+    if as_json:
+        _print_json(document)
+    hint = f" hint: {error['hint']}" if error.get("hint") else ""
+    print(printable(f"error: {error.get('message', '')}{hint}"), file=sys.stderr)
+    return status
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(orjson.dumps(document).decode(), flush=True)
+
+
+def _note(text: str) -> None:
+    """For the person, not for what reads stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- where RabbitMQ is ------------------------------------------------------------------------------------------------
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    return load_settings(args.config, {} if args.url is None else {"amqp.url": args.url})
+
+
+def _client(args: argparse.Namespace) -> Client:
+    settings = _settings(args)
+    return Client(_url(settings), settings.amqp.prefix, name="warren-cli")
+
+
+def _url(settings: Settings) -> str:
+    if settings.amqp.url is not None:
+        return settings.amqp.url.get_secret_value()
+    path = settings.state_dir / "rabbitmq" / "url"
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        raise BrokerUnavailable(
+            f"No [amqp] url is set, and no daemon with a private RabbitMQ runs with the state directory {settings.state_dir}.",
+            hint="Start it with `make run` or `warrend`, from this directory and with the same --config; or give --url.",
+        ) from None
+    except OSError as e:
+        raise BrokerUnavailable(
+            f"The address of the private RabbitMQ cannot be read: {e}.", hint="Run this as the user that the daemon runs as."
+        ) from e
+
+
+# --- session ----------------------------------------------------------------------------------------------------------
+
+
+def _command(
+    name: str, arguments: Callable[[argparse.Namespace], dict[str, Any]] = lambda _: {}
+) -> Callable[[argparse.Namespace], int]:
+    """A sub-command that is one call."""
+
+    def run(args: argparse.Namespace) -> int:
+        return asyncio.run(_call(args, name, arguments(args)))
+
+    return run
+
+
+async def _call(args: argparse.Namespace, name: str, arguments: dict[str, Any]) -> int:
+    async with _client(args) as client:
+        outcome = await client.call(
+            name,
+            args.session,
+            arguments,
+            id=getattr(args, "id", None),
+            timeout_s=_timeout(args, CALL_TIMEOUT_S),
+            expires_in_s=getattr(args, "expires_in", None),
+        )
+        if not outcome.ok:
+            raise Failed(outcome)
+        _print_outcome(args, outcome)
+        if getattr(args, "wait", False):
+            return await _pair(args, client)
+    return EXIT_OK
+
+
+def _timeout(args: argparse.Namespace, default: float) -> float:
+    return float(args.timeout or default)
+
+
+def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
+    if args.json:
+        _print_json(outcome.body())
+    else:
+        print(printable_lines(_OUTCOMES[outcome.command](args.session, outcome.result)))
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _told_create(session: str, result: dict[str, Any]) -> str:
+    state = result.get("state")
+    return f"{session}: {state}" + ("" if state == "online" else f"; `warren qr {session}` shows the QR code to scan")
+
+
+def _told_status(session: str, s: dict[str, Any]) -> str:
+    lines = [f"{session}: {s.get('state')} since {s.get('since')}"]
+    if s.get("jid"):
+        lines.append(f"  account      {_account(s)}")
+    if s.get("message"):
+        lines.append(f"  reason       {s['message']} ({s.get('code')})")
+    if s.get("hint"):
+        lines.append(f"  to do        {s['hint']}")
+    if s.get("until"):
+        lines.append(f"  until        {s['until']}")
+    if s.get("attempt"):
+        lines.append(f"  attempt      {s['attempt']}")
+    if s.get("last_message_at"):
+        lines.append(f"  last message {s['last_message_at']}")
+    if s.get("outbox"):
+        lines.append(f"  outbox       {s['outbox']} events wait for RabbitMQ")
+    if s.get("qr"):
+        lines.append(f"  QR code      `warren qr {session}` shows it")
+    return "\n".join(lines)
+
+
+_OUTCOMES: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "create": _told_create,
+    "send": lambda session, r: f"{session}: sent as {r.get('message_id')} at {r.get('timestamp')}",
+    "disconnect": lambda session, r: (
+        f"{session}: {r.get('state')}; `warren session create {session}` connects again without a QR code"
+    ),
+    "logout": lambda session, _: f"{session}: unlinked and removed",
+    "status": _told_status,
+}
+
+
+def _account(status: dict[str, Any]) -> str:
+    number = str(status.get("jid")).partition("@")[0].partition(":")[0]
+    name = status.get("push_name")
+    return f"+{number}" + (f" ({name})" if name else "")
+
+
+def _list(args: argparse.Namespace) -> int:
+    sessions = asyncio.run(_listed(args))
+    if args.json:
+        _print_json({"sessions": sessions})
+    elif not sessions:
+        print("No sessions. `warren session create ID` makes one.")
+    else:
+        print("\n".join(_table(sessions)))
+    return EXIT_OK
+
+
+async def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
+    async with _client(args) as client:
+        return await client.list_sessions(timeout_s=_timeout(args, LIST_TIMEOUT_S))
+
+
+def _table(sessions: list[dict[str, Any]]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("SESSION", "STATE", "SINCE", "ACCOUNT", "INSTANCE", "REASON")]
+    for s in sessions:
+        account = _account(s) if s.get("jid") else "-"
+        row = (s.get("session"), s.get("state"), s.get("since"), account, s.get("instance"), s.get("code") or "-")
+        rows.append(tuple(printable(str(cell)) for cell in row))
+    return _columns(rows)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+# --- qr ---------------------------------------------------------------------------------------------------------------
+
+_ON_THE_WAY = {s.value for s in (State.RESTORING, State.CONNECTING, State.PAIRING, State.BACKING_OFF, State.STOPPING)}
+"""States from which a session gets on without anybody doing anything but scan."""
+
+
+class Pairing:
+    """What `warren qr` shows: drawn for a person, as text for a pipe, as JSON lines for a program."""
+
+    def __init__(self, session: str, *, as_json: bool) -> None:
+        self._session, self._json = session, as_json
+        self._screen = QrScreen(sys.stdout) if sys.stdout.isatty() and not as_json else None
+        self._qr: dict[str, Any] | None = None
+
+    def qr(self, data: dict[str, Any]) -> None:
+        if self._qr is not None and self._qr.get("code") == data.get("code"):
+            return
+        self._qr = data
+        if self._json:
+            _print_json({"event": "qr", "data": {k: v for k, v in data.items() if k != "image"}})
+        elif self._screen is None:
+            print(data.get("code"), flush=True)
+        self.tick()
+
+    def tick(self) -> None:
+        """Count down."""
+        if self._screen is not None and self._qr is not None:
+            left = max(0, round((_time(self._qr["expires_at"]) - datetime.now(UTC)).total_seconds()))
+            more = self._qr.get("remaining", 0)
+            scan = f"{self._session}: scan with WhatsApp > Linked devices. Valid {left} s, {more} more."
+            self._screen.update(
+                self._qr["code"], scan if left else f"{self._session}: this code has expired, waiting for the next."
+            )
+
+    def state(self, data: dict[str, Any]) -> None:
+        """The session is on its way: between two codes, or between the scan and `connected`."""
+        self.clear()
+        if not self._json:
+            _note(printable(f"{self._session}: {data.get('state')}{_because(data)}"))
+
+    def connected(self, data: dict[str, Any]) -> None:
+        self.clear()
+        if self._json:
+            _print_json({"event": "connected", "data": data})
+        else:
+            print(printable(f"{self._session}: connected as {_account(data)}"), flush=True)
+
+    def clear(self) -> None:
+        self._qr = None
+        if self._screen is not None:
+            self._screen.clear()
+
+
+def _because(data: dict[str, Any]) -> str:
+    return f": {data['message']}" if data.get("message") else ""
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def _qr(args: argparse.Namespace) -> int:
+    async def run() -> int:
+        async with _client(args) as client:
+            return await _pair(args, client)
+
+    return asyncio.run(run())
+
+
+async def _pair(args: argparse.Namespace, client: Client) -> int:
+    """Show codes until the session is connected. `--timeout`, if given, bounds all of it."""
+    view = Pairing(args.session, as_json=args.json)
+    try:
+        async with asyncio.timeout(args.timeout):
+            await _until_connected(args.session, client, view)
+    except TimeoutError:
+        raise NoAnswer(
+            f"Session {args.session} was not connected within {args.timeout:g} s.", hint=f"`warren qr {args.session}` waits on."
+        ) from None
+    finally:
+        view.clear()
+    return EXIT_OK
+
+
+async def _until_connected(session: str, client: Client, view: Pairing) -> None:
+    # Bound first, then asked: nothing can fall between the answer and the first event.
+    async with client.subscribe(f"{session}.*", tap=True) as subscription:
+        outcome = await client.call("status", session, timeout_s=CALL_TIMEOUT_S)
+        if not outcome.ok:
+            if outcome.error and outcome.error.get("code") == "session_not_found":
+                outcome.error["hint"] = f"`warren session create {session}` makes it."
+            raise Failed(outcome)
+        status = outcome.result
+        if status.get("qr"):
+            view.qr(status["qr"])
+        elif _arrived(session, view, status):
+            return
+        async for event in _with_ticks(subscription, view.tick):
+            # An event from before the answer may come after it.
+            if event.get("time", "") < status["since"]:
+                continue
+            data = event.get("data") or {}
+            if event["type"] == "warren.qr":
+                view.qr(data)
+            elif "state" in data and _arrived(session, view, data):
+                return
+
+
+def _arrived(session: str, view: Pairing, told: dict[str, Any]) -> bool:
+    """Whether a status or a state event says that it is done. Raises CommandError when it will not happen by itself."""
+    state = told.get("state")
+    if state == State.ONLINE.value:
+        view.connected(told)
+        return True
+    if state in _ON_THE_WAY:
+        view.state(told)
+        return False
+    raise CommandError(
+        str(told.get("code") or state),
+        f"Session {session} is {state}" + (_because(told) or "."),
+        hint=f"`warren session create {session}` tries again." if not told.get("until") else f"It goes on at {told['until']}.",
+    )
+
+
+async def _with_ticks(subscription: Subscription, tick: Callable[[], None]) -> AsyncIterator[dict[str, Any]]:
+    """The events, with a `tick` each second between them."""
+    coming = asyncio.ensure_future(anext(subscription))
+    try:
+        while True:
+            done, _ = await asyncio.wait({coming}, timeout=1.0)
+            if not done:
+                tick()
+                continue
+            event = coming.result()
+            coming = asyncio.ensure_future(anext(subscription))
+            yield event
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)
+
+
+# --- watch ------------------------------------------------------------------------------------------------------------
+
+
+def _watch(args: argparse.Namespace) -> int:
+    asyncio.run(_watched(args))
+    return EXIT_OK
+
+
+async def _watched(args: argparse.Namespace) -> None:
+    settings = _settings(args)
+    url = _url(settings)
+    binding = f"{args.what}.*" if is_session_id(args.what) else args.what
+    async with Client(url, settings.amqp.prefix, name="warren-watch") as client, client.subscribe(binding, tap=True) as events:
+        _note(f"watching {binding} at {broker_address(url)}; Ctrl-C ends")
+        async for event in events:
+            if args.raw or args.json:
+                _print_json(event)
+            else:
+                print(printable(event_line(event)), flush=True)
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """One event for a person: local time, session, event, and what matters of its data."""
+    name = str(event.get("type", "")).removeprefix("warren.")
+    data = event.get("data")
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        at = _time(event["time"]).astimezone().strftime("%H:%M:%S")
+        return f"{at}  {event['session']:<12} {name:<18} {_gist(name, data if isinstance(data, dict) else {})}".rstrip()
+    return orjson.dumps(event).decode()
+
+
+def _gist(name: str, d: dict[str, Any]) -> str:
+    match name:
+        case "message":
+            said = d.get("text") if d.get("kind") == "text" else f"[{d.get('type') or d.get('kind')}]"
+            where = "" if d.get("chat") == d.get("from") else f" in {d.get('chat')}"
+            return f"{d.get('push_name') or ''} {d.get('from')}{where}: {said}".strip()
+        case "receipt":
+            return f"{d.get('type')} by {d.get('from')}: {', '.join(map(str, d.get('message_ids') or []))}"
+        case "command_completed":
+            return f"{d.get('command')} {d.get('id') or ''}".rstrip()
+        case "command_failed":
+            error = d.get("error") or {}
+            return f"{d.get('command')} {d.get('id') or ''} {error.get('code')}: {error.get('message')}"
+        case "qr":
+            return f"a code to scan until {d.get('expires_at')}, {d.get('remaining')} more"
+        case _:
+            change = f"{d['previous']} -> {d['state']}" if d.get("previous") and d.get("state") else str(d.get("code") or "")
+            return change + _because(d) + (f" Next try in {d['retry_in_s']} s." if d.get("retry_in_s") else "")
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def _check_config(args: argparse.Namespace) -> int:
+    described = _settings(args).describe()
+    if args.json:
+        _print_json({"settings": {d.name: {"value": d.value, "source": d.source} for d in described}})
+        return EXIT_OK
+    rows = [(d.name, orjson.dumps(d.value).decode(), d.source) for d in described]
+    print("\n".join(_columns([("SETTING", "VALUE", "FROM"), *rows])))
+    return EXIT_OK
+
+
+def _sim(args: argparse.Namespace) -> NoReturn:
+    """Becomes warren-sim, so that signals and the end of stdin reach it directly."""
+    program = str(find_engine_binary(None, name="warren-sim"))
+    options = ((f"--{name}", getattr(args, name.replace("-", "_"))) for name in SIM_OPTIONS)
+    os.execv(program, [program, *(word for name, value in options if value is not None for word in (name, value))])  # noqa: S606
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from warren.demo import run  # noqa: PLC0415 (brings the simulator and processes along, which nothing else here needs)
+
+    return run(args.dir)
+
+
+def _version(args: argparse.Namespace) -> int:
+    engine = _engine_version(args)
+    if args.json:
+        _print_json({"warren": __version__, "engine": engine})
+    else:
+        print(f"warren {__version__}\nwarren-engine {engine or 'not found (`make engine` builds it)'}")
+    return EXIT_OK
+
+
+def _engine_version(args: argparse.Namespace) -> str | None:
+    """None when there is no engine here; a machine that only runs the command line needs none."""
+    try:
+        program = find_engine_binary(_settings(args).engine.path)
+        told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)
+    except ConfigError:
+        return None
+    except (OSError, subprocess.SubprocessError):
+        return "of an unknown version"
+    return printable(told.stdout.strip().removeprefix("warren-engine").strip())
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors look like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} --help`.")
+
+
+def _session_id(text: str) -> str:
+    if not is_session_id(text):
+        raise argparse.ArgumentTypeError(f"`{text}` is no session id: letters, digits and, not first, _ @ + = -; at most 64")
+    return text
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError("must be more than 0 seconds")
+    return value
+
+
+def _common() -> _Parser:
+    """Options that may stand before or after the sub-command: without defaults, so that neither place erases the other."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("everywhere")
+    group.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with the settings (default: as the daemon finds it)"
+    )
+    group.add_argument("--url", metavar="AMQP_URL", help="RabbitMQ (default: [amqp] url, else the daemon's private one)")
+    group.add_argument("--json", action="store_true", help='print JSON; an error is {"error": {…}}')
+    group.add_argument("--timeout", type=_seconds, metavar="S", help="how long to wait for an answer (30; list: 2)")
+    return common
+
+
+def build_parser() -> argparse.ArgumentParser:
+    common = _common()
+    parser = _Parser(
+        prog="warren",
+        description="Many WhatsApp sessions as one service on RabbitMQ.",
+        epilog="examples:\n  warren session create acme --wait\n"
+        '  warren session send acme --to +15551234567 --text "Shipped."\n  warren watch acme\n  warren --json session list\n\n'
+        + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(
+        where: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str = ""
+    ) -> argparse.ArgumentParser:
+        epilog = (f"example:\n  {example}\n\n" if example else "") + EXIT_CODES
+        sub: argparse.ArgumentParser = where.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[common],
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    session = commands.add_parser(
+        "session", help="create, send, disconnect, logout, status, list", parents=[common], description="Commands for sessions."
+    )
+    _add_session_commands(session.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), add)
+    qr = add(commands, "qr", _qr, "draw the QR code of a session, renewed until it is connected", "warren qr acme")
+    qr.add_argument("session", metavar="SESSION", type=_session_id)
+    watch = add(
+        commands, "watch", _watch, "show events as they happen (no promise: for people)", "warren watch '*.message' --raw"
+    )
+    watch.add_argument(
+        "what", metavar="SESSION|BINDING", nargs="?", default="#", help="a session, or a binding like '*.message' (#)"
+    )
+    watch.add_argument("--raw", action="store_true", help="whole CloudEvents as JSON lines")
+    add(commands, "check-config", _check_config, "check the settings and show where each comes from")
+    sim = add(commands, "sim", _sim, "run the simulated WhatsApp (docs/simulator.md)", "warren sim --control 127.0.0.1:8089")
+    for option in SIM_OPTIONS:
+        sim.add_argument(f"--{option}", help="handed to warren-sim")
+    demo = add(commands, "demo", _demo, "a session's whole life against the simulated WhatsApp")
+    demo.add_argument("--dir", type=Path, help="for its files and logs (default: ./var/demo)")
+    add(commands, "version", _version, "versions of warren and of its engine")
+    return parser
+
+
+def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
+    def with_id(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub.add_argument("session", metavar="ID", type=_session_id)
+        sub.add_argument("--id", metavar="COMMAND_ID", help="idempotency key: repeat it to repeat safely (default: a new one)")
+        return sub
+
+    def create_args(args: argparse.Namespace) -> dict[str, Any]:
+        return {} if args.device_name is None else {"device_name": args.device_name}
+
+    create = with_id(
+        add(where, "create", _command("create", create_args), "start a session", "warren session create acme --wait")
+    )
+    create.add_argument("--device-name", metavar="NAME", help="what the phone shows under Linked devices")
+    create.add_argument("--wait", action="store_true", help="draw the QR code and wait until connected")
+
+    send = with_id(
+        add(
+            where,
+            "send",
+            _command("send", lambda args: {"to": args.to, "text": args.text}),
+            "send a text message",
+            'warren session send acme --to +15551234567 --text "Shipped." --id order-4711',
+        )
+    )
+    send.add_argument("--to", required=True, metavar="RECIPIENT", help="+15551234567, or a JID such as 123@lid or 123@g.us")
+    send.add_argument("--text", required=True)
+    send.add_argument("--expires-in", type=_seconds, metavar="S", help="do not send later than that")
+
+    with_id(
+        add(where, "disconnect", _command("disconnect"), "close the connection; stays linked", "warren session disconnect acme")
+    )
+    with_id(add(where, "logout", _command("logout"), "unlink the device and forget the session", "warren session logout acme"))
+    status = add(where, "status", _command("status"), "what one session does", "warren session status acme")
+    status.add_argument("session", metavar="ID", type=_session_id)
+    add(where, "list", _list, "the sessions of all daemons", "warren session list --json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
