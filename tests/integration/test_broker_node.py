@@ -41,9 +41,9 @@ async def base(tmp_path: Path) -> AsyncIterator[Path]:
     """A node's directory; fails when a test leaves processes behind, and ends them."""
     path = tmp_path / "with space" / "broker"
     yield path
-    left = programs(path)
-    if left:
-        await BrokerNode(path)._kill_all(name_of(path))
+    if left := programs(path):
+        node = BrokerNode(path)
+        await node._kill_all(node._load())
     assert left == []
 
 

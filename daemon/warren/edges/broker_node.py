@@ -145,11 +145,11 @@ class BrokerNode:
                 return await self._ready(node, node.broker.pid, adopted=True)
             self._log.warning("RabbitMQ, pid {}, does not answer; starting anew", node.broker.pid, action="broker_hung")
         sbin = await asyncio.to_thread(find_rabbitmq)
-        await self._kill_all(node.name)
+        await self._kill_all(node)
         try:
             return await self._launch(sbin, node)
         except BaseException:
-            await _to_the_end(self._kill_all(node.name))
+            await _to_the_end(self._kill_all(node))
             raise
 
     async def stop(self, timeout_s: float = 15.0) -> None:
@@ -342,7 +342,7 @@ raft.wal_max_size_bytes = 33554432
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     async def _stopped(self, node: _Node) -> None:
-        await self._kill_all(node.name)
+        await self._kill_all(node)
         node.broker = None
         self._broker = None
         await asyncio.to_thread(self._forget, node)
@@ -351,13 +351,13 @@ raft.wal_max_size_bytes = 33554432
         self._url_file.unlink(missing_ok=True)
         self._save(node)
 
-    async def _kill_all(self, name: str) -> None:
+    async def _kill_all(self, node: _Node) -> None:
         """SIGKILL to everything of the node, recorded or not, until nothing is left.
 
         Killing epmd and Erlang's helpers costs nothing: they keep no state.
         """
         deadline = time.monotonic() + KILLED_S
-        while left := await asyncio.to_thread(_marked, name):
+        while left := await asyncio.to_thread(_marked, node.name):
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"Processes of RabbitMQ cannot be ended: {[process.pid for process in left]}.",
@@ -367,6 +367,8 @@ raft.wal_max_size_bytes = 33554432
                 await _signal(process, signal.SIGKILL)
             for process in left:
                 await _exited(process, PROBE_S)
+        if node.broker is not None:  # killed by somebody else a moment ago
+            await _exited(node.broker, KILLED_S)
         while self._children:
             await self._children[-1].wait()
             self._children.pop()
@@ -375,15 +377,15 @@ raft.wal_max_size_bytes = 33554432
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def _started(pid: int) -> int | None:
-    """Start time of a process in clock ticks since boot; None if there is none or it is a zombie."""
+def _started(pid: int, *, dead: bool = False) -> int | None:
+    """Start time of a process in clock ticks since boot; None if there is none, or only a zombie and not `dead`."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name, in parentheses, may hold anything; state is the first field after it, start time the 20th.
     fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in "ZX" and not dead else int(fields[19])
 
 
 def _marked(name: str) -> list[_Pid]:
@@ -411,7 +413,8 @@ def _pidfd(process: _Pid) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield descriptor if _started(process.pid) == process.started else None
+        # A zombie counts: its other threads may still be ending, with the port open. The descriptor waits for them, too.
+        yield descriptor if _started(process.pid, dead=True) == process.started else None
     finally:
         os.close(descriptor)
 
