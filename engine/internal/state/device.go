@@ -4,8 +4,7 @@ package state
 
 import (
 	"context"
-	"database/sql"
-	"errors"
+	"crypto/sha256"
 	"sync"
 	"time"
 
@@ -19,6 +18,7 @@ type container struct {
 	store.DeviceContainer
 	db      *dbutil.Database
 	onError func(error)
+	gate    chan struct{}
 }
 
 func (c *container) PutDevice(ctx context.Context, device *store.Device) error {
@@ -33,7 +33,8 @@ func (c *container) PutDevice(ctx context.Context, device *store.Device) error {
 func (c *container) wrap(device *store.Device) {
 	device.Container = c
 	device.PreKeys = &batchedPreKeys{PreKeyStore: device.PreKeys, db: c.db}
-	device.EventBuffer = &guardedBuffer{EventBuffer: device.EventBuffer, onError: c.onError}
+	device.Sessions = &guardedSessions{SessionStore: device.Sessions, db: c.db, read: map[string][sha256.Size]byte{}}
+	device.EventBuffer = &guardedBuffer{EventBuffer: device.EventBuffer, onError: c.onError, gate: c.gate}
 }
 
 // batchedPreKeys writes new pre-keys in one transaction. whatsmeow writes each in its own, 812 of them at the first login: one fsync each.
@@ -68,6 +69,7 @@ const retryStoreInterval = time.Hour
 type guardedBuffer struct {
 	store.EventBuffer
 	onError func(error)
+	gate    chan struct{} // held by a decryption, or by PauseDecryption
 
 	mu      sync.Mutex
 	cleared time.Time
@@ -80,8 +82,19 @@ func (b *guardedBuffer) GetBufferedEvent(ctx context.Context, hash [32]byte) (*s
 }
 
 func (b *guardedBuffer) DoDecryptionTxn(ctx context.Context, fn func(context.Context) error) error {
-	err := b.EventBuffer.DoDecryptionTxn(ctx, fn)
-	if isDatabaseError(err) {
+	select {
+	case b.gate <- struct{}{}:
+		defer func() { <-b.gate }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	var inner error
+	err := b.EventBuffer.DoDecryptionTxn(ctx, func(ctx context.Context) error {
+		inner = fn(context.WithValue(ctx, decrypting{}, true))
+		return inner
+	})
+	// An error of the transaction itself, or of the database within it, says nothing about the message.
+	if inner == nil || isDriverError(inner) {
 		b.report(ctx, err)
 	}
 	return err
@@ -104,8 +117,4 @@ func (b *guardedBuffer) report(ctx context.Context, err error) {
 	if err != nil && ctx.Err() == nil && b.onError != nil {
 		b.onError(err)
 	}
-}
-
-func isDatabaseError(err error) bool {
-	return err != nil && (errors.Is(err, dbutil.ErrTxn) || errors.Is(err, sql.ErrConnDone) || errors.Is(err, sql.ErrTxDone) || isDriverError(err))
 }

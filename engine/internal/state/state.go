@@ -10,10 +10,12 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"go.mau.fi/util/dbutil"
@@ -50,6 +52,7 @@ type Store struct {
 	path string
 	lock *os.File
 	raw  *sql.DB
+	gate chan struct{}
 }
 
 // Options of Open.
@@ -67,7 +70,7 @@ func Open(ctx context.Context, dir string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{path: filepath.Join(dir, fileName), lock: lock}
+	s := &Store{path: filepath.Join(dir, fileName), lock: lock, gate: make(chan struct{}, 1)}
 	if err := s.open(ctx, dir, options); err != nil {
 		if s.raw != nil {
 			_ = s.raw.Close()
@@ -90,7 +93,7 @@ func (s *Store) open(ctx context.Context, dir string, options Options) error {
 	if err := check(ctx, raw); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnreadable, err)
 	}
-	device, err := loadDevice(ctx, raw, options)
+	device, err := loadDevice(ctx, raw, s.gate, options)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnreadable, err)
 	}
@@ -121,7 +124,7 @@ func (s *Store) ensureFile(ctx context.Context, dir string, create bool) error {
 	info, err := os.Lstat(s.path)
 	switch {
 	case err == nil && info.Mode().IsRegular():
-		return nil
+		return checkHeader(s.path)
 	case err == nil:
 		return fmt.Errorf("%w: it is not a regular file", ErrUnreadable)
 	case !errors.Is(err, fs.ErrNotExist):
@@ -135,6 +138,21 @@ func (s *Store) ensureFile(ctx context.Context, dir string, create bool) error {
 		return ErrMissing
 	}
 	return createFile(ctx, dir)
+}
+
+// checkHeader keeps SQLite from an empty or foreign file: it would write a header of its own into an empty one.
+func checkHeader(path string) error {
+	const magic = "SQLite format 3\x00"
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnreadable, err)
+	}
+	defer file.Close()
+	head := make([]byte, len(magic))
+	if _, err := io.ReadFull(file, head); err != nil || string(head) != magic {
+		return fmt.Errorf("%w: it is not a database", ErrUnreadable)
+	}
+	return nil
 }
 
 // createFile makes state.db appear in one step, whole, so that an empty or half-made one is always damage.
@@ -225,7 +243,7 @@ func newContainer(raw *sql.DB, log waLog.Logger) (*sqlstore.Container, *dbutil.D
 	return sqlstore.NewWithWrappedDB(wrapped, log), wrapped, nil
 }
 
-func loadDevice(ctx context.Context, raw *sql.DB, options Options) (*store.Device, error) {
+func loadDevice(ctx context.Context, raw *sql.DB, gate chan struct{}, options Options) (*store.Device, error) {
 	inner, wrapped, err := newContainer(raw, options.Log)
 	if err != nil {
 		return nil, err
@@ -237,7 +255,7 @@ func loadDevice(ctx context.Context, raw *sql.DB, options Options) (*store.Devic
 	if err != nil {
 		return nil, fmt.Errorf("device row: %w", err)
 	}
-	guarded := &container{DeviceContainer: inner, db: wrapped, onError: options.OnDatabaseError}
+	guarded := &container{DeviceContainer: inner, db: wrapped, onError: options.OnDatabaseError, gate: gate}
 	switch len(devices) {
 	case 0:
 		device := inner.NewDevice()
@@ -248,6 +266,17 @@ func loadDevice(ctx context.Context, raw *sql.DB, options Options) (*store.Devic
 		return devices[0], nil
 	default:
 		return nil, fmt.Errorf("it holds %d devices instead of one", len(devices))
+	}
+}
+
+// PauseDecryption keeps received messages from changing Signal sessions until resume is called, so that encrypting cannot fail with ErrSessionChanged
+// for ever while a contact writes a lot.
+func (s *Store) PauseDecryption(ctx context.Context) (resume func(), err error) {
+	select {
+	case s.gate <- struct{}{}:
+		return sync.OnceFunc(func() { <-s.gate }), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
 	}
 }
 

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: GPL-3.0-or-later
+
+package state
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"sync"
+
+	"go.mau.fi/util/dbutil"
+	"go.mau.fi/whatsmeow/store"
+)
+
+// ErrSessionChanged means that a Signal session changed while a message was encrypted with it. Nothing has been written or sent: encrypt again.
+var ErrSessionChanged = errors.New("the Signal session changed while it was used")
+
+// decrypting marks the context of whatsmeow's decryption transaction.
+type decrypting struct{}
+
+// guardedSessions keeps sending from overwriting what receiving has stored. whatsmeow decrypts in one transaction, but encrypts by reading sessions,
+// working on them, and writing them back without looking: a message from the same contact in between is forgotten, and with it a turn of the ratchet or the
+// whole session of a first contact. Here a session is only written back when it is still the one that was read.
+type guardedSessions struct {
+	store.SessionStore
+	db *dbutil.Database
+
+	mu   sync.Mutex
+	read map[string][sha256.Size]byte // what was last read outside of a decryption, by address
+}
+
+func (g *guardedSessions) GetSession(ctx context.Context, address string) ([]byte, error) {
+	session, err := g.SessionStore.GetSession(ctx, address)
+	if err == nil && ctx.Value(decrypting{}) == nil {
+		g.note(address, session)
+	}
+	return session, err
+}
+
+func (g *guardedSessions) GetManySessions(ctx context.Context, addresses []string) (map[string][]byte, error) {
+	sessions, err := g.SessionStore.GetManySessions(ctx, addresses)
+	if err == nil && ctx.Value(decrypting{}) == nil {
+		for address, session := range sessions {
+			g.note(address, session)
+		}
+	}
+	return sessions, err
+}
+
+func (g *guardedSessions) PutSession(ctx context.Context, address string, session []byte) error {
+	if ctx.Value(decrypting{}) != nil {
+		return g.SessionStore.PutSession(ctx, address, session)
+	}
+	return g.PutManySessions(ctx, map[string][]byte{address: session})
+}
+
+func (g *guardedSessions) PutManySessions(ctx context.Context, sessions map[string][]byte) error {
+	if ctx.Value(decrypting{}) != nil {
+		return g.SessionStore.PutManySessions(ctx, sessions)
+	}
+	return g.db.DoTxn(ctx, nil, func(ctx context.Context) error {
+		addresses := make([]string, 0, len(sessions))
+		for address := range sessions {
+			addresses = append(addresses, address)
+		}
+		current, err := g.SessionStore.GetManySessions(ctx, addresses)
+		if err != nil {
+			return err
+		}
+		for _, address := range addresses {
+			if !g.unchanged(address, current[address]) {
+				return ErrSessionChanged
+			}
+		}
+		return g.SessionStore.PutManySessions(ctx, sessions)
+	})
+}
+
+func (g *guardedSessions) DeleteSession(ctx context.Context, address string) error {
+	err := g.SessionStore.DeleteSession(ctx, address)
+	if err == nil && ctx.Value(decrypting{}) == nil {
+		g.note(address, nil)
+	}
+	return err
+}
+
+func (g *guardedSessions) note(address string, session []byte) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.read[address] = sha256.Sum256(session)
+}
+
+// unchanged reports whether the session is the one that was read. A reading serves one write.
+func (g *guardedSessions) unchanged(address string, current []byte) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	read, known := g.read[address]
+	delete(g.read, address)
+	return known && read == sha256.Sum256(current)
+}
