@@ -35,6 +35,8 @@ from warren.services.session import Deps, Session, SessionOptions
 
 EXIT_UNCLEAN = 1
 EXIT_CONFIG = 2
+ENGINE_LEVELS = {"debug": "debug", "info": "info", "warning": "warn", "error": "error"}
+"""Our words for log levels to Go's."""
 BROKER_RESTART_S = 2.0
 ENGINE_STOP_S = 10.0
 """For an engine whose sessions are closed already."""
@@ -205,7 +207,7 @@ class Daemon:
 
     async def _start_engine(self) -> EngineProcess:
         s = self.settings
-        args = ["--max-sessions", str(s.engine.sessions_per_process), "--log-level", s.log.level.lower()]
+        args = ["--max-sessions", str(s.engine.sessions_per_process), "--log-level", ENGINE_LEVELS[s.log.level]]
         if s.whatsapp.endpoint is not None:
             args += ["--endpoint", s.whatsapp.endpoint]
             args += ["--root-key", s.whatsapp.root_key.get_secret_value()] if s.whatsapp.root_key else []

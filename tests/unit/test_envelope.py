@@ -166,8 +166,8 @@ def test_an_unknown_field_is_named_before_what_it_explains() -> None:
     assert "`texts`" in rejection({**SEND, "args": {"to": "+15551234567", "texts": "x"}}).message
 
 
-def test_body_and_property_must_agree_on_the_id() -> None:
-    assert rejection(SEND, origin(message_id="another")).reason == "invalid_command"
+def test_the_id_in_the_body_wins_over_the_property() -> None:
+    assert decode_command(orjson.dumps(SEND), origin(message_id="random")).id == SEND["id"]
 
 
 def test_an_id_property_has_the_same_bounds() -> None:

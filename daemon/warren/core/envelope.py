@@ -222,12 +222,7 @@ def _session(session: str | None, spec: Spec, origin: Origin) -> str:
 
 
 def _id(in_body: str | None, in_property: str | None, spec: Spec, command: str) -> str | None:
-    if in_body is not None and in_property is not None and in_body != in_property:
-        raise CommandError(
-            "invalid_command",
-            "The `id` in the body and the `message_id` property differ.",
-            hint="Set one, or both alike.",
-        )
+    # Some clients fill `message_id` with a random value by themselves (aio-pika does): the body is what somebody wrote.
     command_id = in_body if in_body is not None else in_property
     if command_id is None and spec.effect:
         raise CommandError(

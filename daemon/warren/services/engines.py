@@ -205,11 +205,7 @@ class _Host:
             if not future.done():
                 future.set_exception(_gone())
         for session, current in list(self.sessions.items()):
-            self._hand_over(
-                EngineEvent(
-                    "disconnected", session, current.generation, {"reason": "engine_lost", "message": "The engine ended."}
-                )
-            )
+            self._hand_over(EngineEvent("disconnected", session, current.generation, {"reason": "engine_lost"}))
 
 
 def _result(response: Response) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Gateway:
         return Task(command, incoming)
 
     def _reject(self, incoming: Incoming, error: Rejected) -> None:
-        logger.bind(action="command_rejected", session=error.session, code=error.reason).info("Command rejected: {}", error)
+        logger.bind(action="command_rejected", session=error.session, reason=error.reason).info("Command rejected: {}", error)
         if error.undecodable:
             self._outcomes.bury(incoming, error, session=error.session, command_id=error.command_id)
         else:

@@ -384,9 +384,9 @@ class Session:
     def _enter(self, state: State, cause: Cause | None) -> None:
         """The one place where the state changes, with its one log line."""
         if state is not self.state:
-            self._log.bind(action="state", state=state.value, previous=self.state.value, code=cause.code if cause else None).info(
-                "{} -> {}{}", self.state.value, state.value, f": {cause.message}" if cause else ""
-            )
+            self._log.bind(
+                action="state", state=state.value, previous=self.state.value, reason=cause.code if cause else None
+            ).info("{} -> {}{}", self.state.value, state.value, f": {cause.message}" if cause else "")
             self._since = self._deps.now()
         self.state, self._cause = state, cause
 
@@ -513,7 +513,7 @@ class Session:
                 async with asyncio.timeout(SETTLE_TIMEOUT_S):
                     await self._heard.wait()
         except EngineError as e:
-            self._log.bind(action="open_failed", code=e.engine_code).warning("The engine could not open the session: {}", e)
+            self._log.bind(action="open_failed", reason=e.engine_code).warning("The engine could not open the session: {}", e)
             await self._request_close(generation)
             self._lost(generation, e.engine_code if e.engine_code in CAUSES else "engine_unavailable")
         except StateError as e:
@@ -560,7 +560,7 @@ class Session:
             await self._deps.engines.request("close", self.id, generation, timeout_s=CLOSE_TIMEOUT_S)
         except EngineError as e:
             if e.engine_code not in {"not_open", "gone"}:
-                self._log.bind(action="close_failed", code=e.engine_code).warning("The engine did not close the session: {}", e)
+                self._log.bind(action="close_failed", reason=e.engine_code).warning("The engine did not close the session: {}", e)
         self._deps.engines.forget(self.id, generation)
 
     async def _close_beside_and_wait(self) -> None:
