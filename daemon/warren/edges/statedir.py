@@ -1,0 +1,247 @@
+"""The state directory: who may use it, and which epoch of a session is the current one.
+
+    <state>/lock                            flock'ed by the daemon, holds its pid
+    <state>/sessions/<id>/current           the current epoch as decimal text
+    <state>/sessions/<id>/<epoch>/          the engine's files: state.db and its own lock
+
+Missing and unreadable are different answers everywhere: missing is None, False or nothing; whatever else goes wrong is a
+StateError, so that a damaged disk is never taken for a session that was not paired yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+import aiofiles
+
+from warren.core.names import is_session_id
+from warren.errors import OwnershipError, StateError
+
+T = TypeVar("T")
+
+_EPOCH = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+class StateDirectory:
+    """Implements `ports.StateDir`. What is begun is finished: cancelling a caller only stops it from waiting."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` must be absolute: a daemon that changes its directory would lose its sessions."""
+        if not path.is_absolute():
+            raise StateError(f"The state directory {path} is not an absolute path.", hint="Check `state_dir`.")
+        self.path = path
+        self._lock_fd: int | None = None
+        # Of each session with something under way: a later call must not overtake an earlier one that was cancelled.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def lock(self) -> None:
+        """Take the directory for this process, making it if need be. It is given up by `unlock` or the end of the process.
+
+        Raises OwnershipError when another process has it. Idempotent.
+        """
+        if self._lock_fd is not None:
+            return
+        with _explained(self.path):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._flock(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock_fd = fd
+
+    def unlock(self) -> None:
+        """Give the directory up. Idempotent. The file stays: removing it would let two processes lock two files."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    async def current_epoch(self, session: str) -> int | None:
+        """The epoch the pointer names; None when there is no pointer. Raises StateError when it cannot be read."""
+        pointer = self._folder(session) / "current"
+        try:
+            with _explained(pointer):
+                async with aiofiles.open(pointer, "rb") as file:
+                    text = (await file.read(64)).decode("ascii", "replace")
+        except FileNotFoundError:
+            return None
+        if not _EPOCH.fullmatch(text.removesuffix("\n")):
+            raise StateError(
+                f"{pointer} does not hold an epoch.",
+                hint=f"Its directory has one folder per epoch; write the right number into it. It says {text!r}.",
+            )
+        return int(text)
+
+    async def prepare(self, session: str, epoch: int) -> Path:
+        """See `ports.StateDir.prepare`. After a crash at any moment the pointer is the old one or the new one, whole."""
+        folder = self._folder(session)
+        return await self._in_turn(session, lambda: self._prepare(session, folder, epoch))
+
+    async def remove(self, session: str) -> None:
+        """See `ports.StateDir.remove`. Links are removed, never followed. A crash half-way is finished by the next call."""
+        folder = self._folder(session)
+        await self._in_turn(session, lambda: self._remove(folder))
+
+    async def epochs(self, session: str) -> list[int]:
+        """The epochs that have a directory, ascending, current or not."""
+        folder = self._folder(session)
+        try:
+            with _explained(folder):
+                names = await asyncio.to_thread(_folders_in, folder)
+        except FileNotFoundError:
+            return []
+        return sorted(int(name) for name in names if _EPOCH.fullmatch(name))
+
+    async def has_state(self, session: str, epoch: int) -> bool:
+        """Whether the epoch has a `state.db`, good or bad."""
+        database = self._folder(session) / str(epoch) / "state.db"
+        try:
+            with _explained(database):
+                await asyncio.to_thread(os.stat, database)
+        except FileNotFoundError:
+            return False
+        return True
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _folder(self, session: str) -> Path:
+        if not is_session_id(session):  # it would be a path of somebody's choice
+            raise StateError(f"{session!r} is no session id.")
+        return self.path / "sessions" / session
+
+    def _flock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            by = f"process {holder}" if holder.isdecimal() else "another process"
+            raise OwnershipError(
+                f"The state directory {self.path} is in use by {by}.",
+                hint="Only one warrend may run per state directory: stop the other one, or set another `state_dir`.",
+            ) from None
+        except OSError as e:
+            raise _unusable(self.path, e) from e
+        with _explained(self.path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+
+    async def _in_turn(self, session: str, do: Callable[[], Awaitable[T]]) -> T:
+        turn = self._turns.setdefault(session, asyncio.Lock())
+
+        async def run() -> T:
+            async with turn:
+                return await do()
+
+        task = asyncio.create_task(run(), name=f"state of {session}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _prepare(self, session: str, folder: Path, epoch: int) -> Path:
+        directory = folder / str(epoch)
+        with _explained(directory, missing=True):
+            for needed in (folder.parent, folder, directory):
+                await asyncio.to_thread(_make_private, needed)
+        if await self.current_epoch(session) != epoch:
+            with _explained(folder, missing=True):
+                await _replace(folder / "current", f"{epoch}\n".encode())
+        return directory
+
+    async def _remove(self, folder: Path) -> None:
+        # Out of the way in one step first: half a session would look like a damaged one. No session id begins with a dot.
+        doomed = folder.with_name(f".removed-{folder.name}")
+        with _explained(folder):
+            await asyncio.to_thread(_delete, doomed)
+            await asyncio.to_thread(_move_away, folder, doomed)
+            await asyncio.to_thread(_delete, doomed)
+
+
+async def _replace(path: Path, data: bytes) -> None:
+    """Write a file anew, durably: whoever reads it, also after a loss of power, sees the old bytes or the new ones."""
+    new = path.with_name(f"{path.name}.new")
+    async with aiofiles.open(new, "wb", opener=_open_private) as file:
+        await file.write(data)
+        await file.flush()
+        await asyncio.to_thread(os.fsync, file.fileno())
+    await asyncio.to_thread(os.replace, new, path)
+    await asyncio.to_thread(_sync_folder, path.parent)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        folder.chmod(0o700)
+    # Also when it was there: it may be new and not durable yet, from before a crash.
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _move_away(folder: Path, doomed: Path) -> None:
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    _sync_folder(folder.parent)
+
+
+def _delete(path: Path) -> None:
+    """Remove a tree, or a link, without following links (rmtree walks by descriptors and refuses a link as its root)."""
+    existed = False
+    while os.path.lexists(path):
+        existed = True
+        # Something in it may vanish at the same moment (SQLite's own files): then once more.
+        with suppress(FileNotFoundError):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+    if existed:
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _explained(path: Path, *, missing: bool = False) -> Iterator[None]:
+    """Errors of the file system as StateError; that something is missing only with `missing`."""
+    try:
+        yield
+    except OSError as e:
+        if isinstance(e, FileNotFoundError) and not missing:
+            raise
+        raise _unusable(path, e) from e
+
+
+def _unusable(path: Path, error: OSError) -> StateError:
+    return StateError(
+        f"{path} cannot be used: {error.strerror or error}.",
+        hint="Check the owner, mode and free space of `state_dir`, and the system log for errors of the disk.",
+    )
