@@ -329,11 +329,10 @@ raft.wal_max_size_bytes = 33554432
     async def _failed(self, broker: Process, console: Path) -> BrokerUnavailable:
         async with aiofiles.open(console, errors="replace") as file:
             words = _last_words(await file.read())
-        what = (
-            f"gave no answer within {self._start_timeout_s:g} s"
-            if broker.returncode is None
-            else f"ended while starting (status {broker.returncode})"
-        )
+        if _started(broker.pid) is None:
+            what = f"ended while starting (status {await broker.wait()})"
+        else:
+            what = f"gave no answer within {self._start_timeout_s:g} s"
         return BrokerUnavailable(f"RabbitMQ {what}. Its last words:\n{words}\n", hint=f"The logs are in {console.parent}.")
 
     def _save(self, node: _Node) -> None:
