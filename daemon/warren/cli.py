@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 import orjson
 
 from warren import __version__
+from warren.cli_text import account, because, columns, event_line, outcome_text, parse_time, sessions_table
 from warren.client import Client, NoAnswer, Subscription, broker_address
 from warren.core.envelope import Outcome
 from warren.core.machine import State
@@ -171,54 +171,7 @@ def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
     if args.json:
         _print_json(outcome.body())
     else:
-        print(printable_lines(_OUTCOMES[outcome.command](args.session, outcome.result)))
-
-
-def printable_lines(text: str) -> str:
-    return "\n".join(printable(line) for line in text.split("\n"))
-
-
-def _told_create(session: str, result: dict[str, Any]) -> str:
-    state = result.get("state")
-    return f"{session}: {state}" + ("" if state == "online" else f"; `warren qr {session}` shows the QR code to scan")
-
-
-def _told_status(session: str, s: dict[str, Any]) -> str:
-    lines = [f"{session}: {s.get('state')} since {s.get('since')}"]
-    if s.get("jid"):
-        lines.append(f"  account      {_account(s)}")
-    if s.get("message"):
-        lines.append(f"  reason       {s['message']} ({s.get('code')})")
-    if s.get("hint"):
-        lines.append(f"  to do        {s['hint']}")
-    if s.get("until"):
-        lines.append(f"  until        {s['until']}")
-    if s.get("attempt"):
-        lines.append(f"  attempt      {s['attempt']}")
-    if s.get("last_message_at"):
-        lines.append(f"  last message {s['last_message_at']}")
-    if s.get("outbox"):
-        lines.append(f"  outbox       {s['outbox']} events wait for RabbitMQ")
-    if s.get("qr"):
-        lines.append(f"  QR code      `warren qr {session}` shows it")
-    return "\n".join(lines)
-
-
-_OUTCOMES: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "create": _told_create,
-    "send": lambda session, r: f"{session}: sent as {r.get('message_id')} at {r.get('timestamp')}",
-    "disconnect": lambda session, r: (
-        f"{session}: {r.get('state')}; `warren session create {session}` connects again without a QR code"
-    ),
-    "logout": lambda session, _: f"{session}: unlinked and removed",
-    "status": _told_status,
-}
-
-
-def _account(status: dict[str, Any]) -> str:
-    number = str(status.get("jid")).partition("@")[0].partition(":")[0]
-    name = status.get("push_name")
-    return f"+{number}" + (f" ({name})" if name else "")
+        print(outcome_text(args.session, outcome))
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -228,27 +181,13 @@ def _list(args: argparse.Namespace) -> int:
     elif not sessions:
         print("No sessions. `warren session create ID` makes one.")
     else:
-        print("\n".join(_table(sessions)))
+        print("\n".join(sessions_table(sessions)))
     return EXIT_OK
 
 
 async def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
     async with _client(args) as client:
         return await client.list_sessions(timeout_s=_timeout(args, LIST_TIMEOUT_S))
-
-
-def _table(sessions: list[dict[str, Any]]) -> list[str]:
-    rows: list[tuple[str, ...]] = [("SESSION", "STATE", "SINCE", "ACCOUNT", "INSTANCE", "REASON")]
-    for s in sessions:
-        account = _account(s) if s.get("jid") else "-"
-        row = (s.get("session"), s.get("state"), s.get("since"), account, s.get("instance"), s.get("code") or "-")
-        rows.append(tuple(printable(str(cell)) for cell in row))
-    return _columns(rows)
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 # --- qr ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +217,7 @@ class Pairing:
     def tick(self) -> None:
         """Count down."""
         if self._screen is not None and self._qr is not None:
-            left = max(0, round((_time(self._qr["expires_at"]) - datetime.now(UTC)).total_seconds()))
+            left = max(0, round((parse_time(self._qr["expires_at"]) - datetime.now(UTC)).total_seconds()))
             more = self._qr.get("remaining", 0)
             scan = f"{self._session}: scan with WhatsApp > Linked devices. Valid {left} s, {more} more."
             self._screen.update(
@@ -289,27 +228,19 @@ class Pairing:
         """The session is on its way: between two codes, or between the scan and `connected`."""
         self.clear()
         if not self._json:
-            _note(printable(f"{self._session}: {data.get('state')}{_because(data)}"))
+            _note(printable(f"{self._session}: {data.get('state')}{because(data)}"))
 
     def connected(self, data: dict[str, Any]) -> None:
         self.clear()
         if self._json:
             _print_json({"event": "connected", "data": data})
         else:
-            print(printable(f"{self._session}: connected as {_account(data)}"), flush=True)
+            print(printable(f"{self._session}: connected as {account(data)}"), flush=True)
 
     def clear(self) -> None:
         self._qr = None
         if self._screen is not None:
             self._screen.clear()
-
-
-def _because(data: dict[str, Any]) -> str:
-    return f": {data['message']}" if data.get("message") else ""
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
 
 
 def _qr(args: argparse.Namespace) -> int:
@@ -370,7 +301,7 @@ def _arrived(session: str, view: Pairing, told: dict[str, Any]) -> bool:
         return False
     raise CommandError(
         str(told.get("code") or state),
-        f"Session {session} is {state}" + (_because(told) or "."),
+        f"Session {session} is {state}" + (because(told) or "."),
         hint=f"`warren session create {session}` tries again." if not told.get("until") else f"It goes on at {told['until']}.",
     )
 
@@ -413,36 +344,6 @@ async def _watched(args: argparse.Namespace) -> None:
                 print(printable(event_line(event)), flush=True)
 
 
-def event_line(event: dict[str, Any]) -> str:
-    """One event for a person: local time, session, event, and what matters of its data."""
-    name = str(event.get("type", "")).removeprefix("warren.")
-    data = event.get("data")
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        at = _time(event["time"]).astimezone().strftime("%H:%M:%S")
-        return f"{at}  {event['session']:<12} {name:<18} {_gist(name, data if isinstance(data, dict) else {})}".rstrip()
-    return orjson.dumps(event).decode()
-
-
-def _gist(name: str, d: dict[str, Any]) -> str:
-    match name:
-        case "message":
-            said = d.get("text") if d.get("kind") == "text" else f"[{d.get('type') or d.get('kind')}]"
-            where = "" if d.get("chat") == d.get("from") else f" in {d.get('chat')}"
-            return f"{d.get('push_name') or ''} {d.get('from')}{where}: {said}".strip()
-        case "receipt":
-            return f"{d.get('type')} by {d.get('from')}: {', '.join(map(str, d.get('message_ids') or []))}"
-        case "command_completed":
-            return f"{d.get('command')} {d.get('id') or ''}".rstrip()
-        case "command_failed":
-            error = d.get("error") or {}
-            return f"{d.get('command')} {d.get('id') or ''} {error.get('code')}: {error.get('message')}"
-        case "qr":
-            return f"a code to scan until {d.get('expires_at')}, {d.get('remaining')} more"
-        case _:
-            change = f"{d['previous']} -> {d['state']}" if d.get("previous") and d.get("state") else str(d.get("code") or "")
-            return change + _because(d) + (f" Next try in {d['retry_in_s']} s." if d.get("retry_in_s") else "")
-
-
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +353,7 @@ def _check_config(args: argparse.Namespace) -> int:
         _print_json({"settings": {d.name: {"value": d.value, "source": d.source} for d in described}})
         return EXIT_OK
     rows = [(d.name, orjson.dumps(d.value).decode(), d.source) for d in described]
-    print("\n".join(_columns([("SETTING", "VALUE", "FROM"), *rows])))
+    print("\n".join(columns([("SETTING", "VALUE", "FROM"), *rows])))
     return EXIT_OK
 
 
