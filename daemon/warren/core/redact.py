@@ -19,29 +19,32 @@ MIN_DIGITS = 8
 MAX_DEPTH = 8
 """Of nested fields; deeper ones are hidden whole."""
 
-_URL_PASSWORD = re.compile(r"""(\w://[^\s:/@"'<>]*):[^\s"'<>]*@""")
+# Repetitions are possessive (`++`), bounded or end at what begins the next match: anybody can get text into a log, and none may
+# take quadratic time. A password reaches to the last `@` before the next URL or blank; it may be a token of some kilobytes.
+_URL_PASSWORD = re.compile(r"""(\w://[^\s:/@"'<>]*+):(?:(?:(?!://)[^\s"'<>@])*+@)++""")
 # 32 bytes and more as hex, or 32 bytes as base64 (43 characters and its padding): the sizes of every key there is.
-_KEY = re.compile(r"[0-9A-Fa-f]{64,}|(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{43}=")
+_KEY = re.compile(r"[0-9A-Fa-f]{64,}+|(?<![A-Za-z0-9+/_-])[A-Za-z0-9+/_-]{43}=")
 _SERVER = r"(?:s\.whatsapp\.net|lid|g\.us|c\.us|hosted(?:\.lid)?|broadcast|newsletter|msgr|bot)\b"
 
 # One pass from left to right, so that what must be left alone is taken out of the text before a number is looked for in it.
 _NUMBERS = re.compile(
-    r"(?P<time>\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?)"
+    r"(?P<time>\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d{1,9})?)"
     r"|(?P<uuid>\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b)"
-    rf"|(?P<user>\d+)(?P<rest>[\d.:_-]*@{_SERVER})"
-    r"|(?P<written>\+\d(?:[ ().\u00a0-]{0,3}\d){5,})"
-    r"|(?P<word>[0-9A-Za-z]+)"
+    rf"|(?P<user>\d++)(?P<rest>(?:[.:_-][\d.:_-]{{0,40}}+)?@{_SERVER})"
+    r"|(?P<written>\+\d(?:[ ().\u00a0-]{0,3}\d){5,20}+)"
+    r"|(?P<word>[^\W_]++)"
 )
-_RUN = re.compile(rf"\d{{{MIN_DIGITS},}}")
-_HEX_ID = re.compile(r"(?=[0-9a-f]*[a-f]|[0-9A-F]*[A-F])(?:[0-9a-f]{12,}|[0-9A-F]{12,})")
+_RUN = re.compile(rf"\d{{{MIN_DIGITS},}}+")
+_HEX_ID = re.compile(r"(?=\d*[a-fA-F])(?:[0-9a-f]{16,}|[0-9A-F]{16,})")
 
 
 def redact(text: str) -> str:
     """The text without passwords in URLs, keys, JIDs and phone numbers, however they are embedded.
 
     A number keeps its beginning and its last two digits (`1555…67`), so that two of them can be told apart; at least five
-    digits go. Left alone are times and dates, UUIDs, hexadecimal ids that show a letter, and what cannot be a number by
-    E.164: over 15 digits, and 10 or 13 digits that begin with 1 (numbers of country code 1 have 11; such are timestamps).
+    digits go. Left alone are times and dates, UUIDs, hexadecimal ids of 16 digits and more that show a letter, and what cannot
+    be a number by E.164: over 15 digits, and 10 or 13 digits that begin with 1 (with country code 1 there are 11; such are
+    timestamps).
     """
     text = _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text)
     text = _KEY.sub(HIDDEN, text)
