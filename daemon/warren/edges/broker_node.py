@@ -23,16 +23,18 @@ import signal
 import socket
 import time
 from asyncio.subprocess import DEVNULL, STDOUT, Process
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
-import aiofiles
 from loguru import logger
 from pydantic import BaseModel, ValidationError
 
 from warren.errors import BrokerUnavailable, StateError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SBIN_PATTERNS: Final = ("usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin", "opt/rabbitmq/sbin")
 """Where packages put RabbitMQ's own scripts, below /. Debian's and Red Hat's packages, and the official images."""
@@ -138,7 +140,7 @@ class BrokerNode:
         failing, everything that this call started is gone before it returns; a node that ran before is left alone.
         """
         self._info = self._broker = None
-        node = self._node = await asyncio.to_thread(self._load)
+        node = self._node = await _in_thread(self._load)
         if node.broker in await asyncio.to_thread(_marked, node.name):
             if await self._answers(node, node.broker, patience_s=self._patience(node.broker)):
                 self._log.info("adopted the running RabbitMQ node, pid {}", node.broker.pid, action="broker_adopted")
@@ -217,18 +219,21 @@ class BrokerNode:
 
     async def _launch(self, sbin: Path, node: _Node) -> NodeInfo:
         started_at = time.monotonic()
-        environment = await asyncio.to_thread(self._prepare, node)
-        await asyncio.to_thread(self._save, node)
+        environment = await _in_thread(self._prepare, node)
+        await _in_thread(self._save, node)
         console = self._base / "log" / "console.log"
-        async with aiofiles.open(console, "wb", opener=_private) as output:
+        output = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
             # epmd as a child of ours, in the foreground: left to itself, Erlang starts one that outlives everything.
-            await self._spawn(("epmd", "-port", str(node.epmd_port), "-address", "127.0.0.1"), environment, output.fileno())
-            broker = await self._spawn((str(sbin / "rabbitmq-server"), "-noinput"), environment, output.fileno())
+            await self._spawn(("epmd", "-port", str(node.epmd_port), "-address", "127.0.0.1"), environment, output)
+            broker = await self._spawn((str(sbin / "rabbitmq-server"), "-noinput"), environment, output)
+        finally:
+            os.close(output)
         started = await asyncio.to_thread(_started, broker.pid)
         self._broker = broker
         if started is not None:  # else it has ended already
             node.broker = _Pid(pid=broker.pid, started=started)
-            await asyncio.to_thread(self._save, node)
+            await _in_thread(self._save, node)
             if await self._answers(node, node.broker, patience_s=self._start_timeout_s):
                 seconds = time.monotonic() - started_at
                 self._log.info("RabbitMQ is up after {:.1f} s, pid {}", seconds, broker.pid, action="broker_started")
@@ -322,13 +327,12 @@ raft.wal_max_size_bytes = 33554432
         return False
 
     async def _ready(self, node: _Node, pid: int, *, adopted: bool) -> NodeInfo:
-        await asyncio.to_thread(_write, self._url_file, node.url.encode())
+        await _in_thread(_write, self._url_file, node.url.encode())
         self._info = NodeInfo(url=node.url, pid=pid, adopted=adopted)
         return self._info
 
     async def _failed(self, broker: Process, console: Path) -> BrokerUnavailable:
-        async with aiofiles.open(console, errors="replace") as file:
-            words = _last_words(await file.read())
+        words = _last_words(await asyncio.to_thread(console.read_text, errors="replace"))
         if _started(broker.pid) is None:
             what = f"ended while starting (status {await broker.wait()})"
         else:
@@ -344,7 +348,7 @@ raft.wal_max_size_bytes = 33554432
         await self._kill_all(node)
         node.broker = None
         self._broker = None
-        await asyncio.to_thread(self._forget, node)
+        await _in_thread(self._forget, node)
 
     def _forget(self, node: _Node) -> None:
         self._url_file.unlink(missing_ok=True)
@@ -442,8 +446,8 @@ async def _exited(process: _Pid, timeout_s: float | None) -> bool:
         return True
 
 
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run clean-up that must finish: a cancellation is raised after it, not in the middle."""
+async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run what must not stop half way, such as clean-up: a cancellation is raised after it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -451,9 +455,15 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
             await asyncio.wait({task})
         except asyncio.CancelledError as error:
             cancelled = error
-    task.result()
+    result = task.result()
     if cancelled is not None:
         raise cancelled
+    return result
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Work on files, off the event loop; a cancelled caller does not leave the thread behind, writing."""
+    return await _to_the_end(asyncio.to_thread(function, *args, **kwargs))
 
 
 # --- ports and files --------------------------------------------------------------------------------------------------
@@ -486,10 +496,6 @@ def _free_port(preferred: int, taken: set[int]) -> int:
                 taken.add(port)
                 return port
     raise BrokerUnavailable(f"No free port for RabbitMQ between {PORTS.start} and {PORTS.stop - 1} on 127.0.0.1.")
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _write(path: Path, content: bytes, *, mode: int = 0o600) -> None:
