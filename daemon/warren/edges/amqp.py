@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable
+from typing import Final
 
 from aio_pika.abc import AbstractChannel
 from loguru import logger
@@ -23,6 +24,10 @@ from warren.errors import BrokerUnavailable, OwnershipError
 from warren.ports import OnMessage, Published
 
 __all__ = ["AmqpBus", "BusOptions"]
+
+
+POLITE_S: Final = 1.0
+"""How long a connection may take to close before it is cut off, when the other one is lost."""
 
 
 class AmqpBus:
@@ -114,7 +119,7 @@ class AmqpBus:
             trouble = describe(error, self._options)
             self._trouble = str(trouble)
             self._repeats(self._trouble)
-            await self._disconnect(self._options.connect_timeout_s)
+            await self._disconnect(POLITE_S)
             if loop.time() - began > self._options.stable_s:
                 attempt = 0
                 self._repeats.clear()

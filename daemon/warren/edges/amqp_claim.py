@@ -24,6 +24,7 @@ TURNS: Final = 32
 DISCARD_S: Final = 2.0
 UNBOUND_S: Final = 0.1
 """A message that RabbitMQ routed just before an unbind may reach its queue just after it."""
+WORK_RETRY_S: Final = 30.0
 POLL_S: Final = 0.02
 
 
@@ -110,7 +111,6 @@ class Intake:
         await self.channel.basic_qos(prefetch_count=prefetch, timeout=self._timeout_s)
 
         # aiormq runs this in a task of its own that it cancels when the channel goes: so it does nothing but hand over.
-        # Not aio-pika's consumer, which never delivers a message whose delivery mode it does not know.
         async def deliver(message: DeliveredMessage) -> None:
             self.hand_over(message, on_message)
 
@@ -311,6 +311,8 @@ class AmqpClaim:
         self._control_tag: str | None = None
         self._work_tag: str | None = None
         self._wanted = False
+        self._work_retry: asyncio.TimerHandle | None = None
+        self._applying: asyncio.Task[None] | None = None
         self._lock_link: Link | None = None
         self._locked_out_since: float | None = None
         self._told_lost = False
@@ -319,7 +321,7 @@ class AmqpClaim:
     @property
     def held(self) -> bool:
         """See `ports.Claim`. The lock is the connection's: losing only the channel does not lose it."""
-        return self._lock_link is not None and not self._lock_link.closed.is_set()
+        return self._lock_link is not None and self._lock_link is self._gate.current
 
     async def wait_held(self) -> None:
         """See `ports.Claim`."""
@@ -368,9 +370,8 @@ class AmqpClaim:
         async with self._mutex:
             self._control_tag = await intake.consume(self._control, self._on_control, prefetch=self._options.control_prefetch)
             self._work_tag = None
-            if self._wanted:
-                await self._start_work(intake)
             self._intake = intake
+            await self._work_as_wanted(intake)
         self._trouble.clear()
         self._log.bind(action="claim.held").info("Session {} is claimed.", self.session)
 
@@ -431,11 +432,7 @@ class AmqpClaim:
             if (intake := self._intake) is None:
                 return
             try:
-                if self._wanted and self._work_tag is None:
-                    await self._start_work(intake)
-                elif not self._wanted and self._work_tag is not None:
-                    tag, self._work_tag = self._work_tag, None
-                    await intake.cancel(tag)
+                await self._work_as_wanted(intake)
             except asyncio.CancelledError as error:
                 self._kept.lose(error)
                 if is_cancelled():
@@ -443,8 +440,30 @@ class AmqpClaim:
             except Exception as error:
                 self._kept.lose(error)
 
-    async def _start_work(self, intake: Intake) -> None:
-        self._work_tag = await intake.consume(self._work, self._on_work, prefetch=self._options.work_prefetch)
+    async def _work_as_wanted(self, intake: Intake) -> None:
+        if not self._wanted and self._work_tag is not None:
+            tag, self._work_tag = self._work_tag, None
+            await intake.cancel(tag)
+        if not self._wanted or self._work_tag is not None or self._work_retry is not None:
+            return
+        try:
+            self._work_tag = await intake.consume(self._work, self._on_work, prefetch=self._options.work_prefetch)
+        except TimeoutError as error:
+            self._retry_work_later()
+            raise LinkLost(
+                f"RabbitMQ does not let us consume '{self._work}'.",
+                hint="A quorum queue without leader does not answer; restarting RabbitMQ helps if it was killed.",
+            ) from error
+
+    def _retry_work_later(self) -> None:
+        """Go on without the work queue for a while: a request that is not answered costs the channel, and with it control."""
+        handle = asyncio.get_running_loop().call_later(WORK_RETRY_S, self._retry_work)
+        self._work_retry = handle
+
+    def _retry_work(self) -> None:
+        self._work_retry = None
+        if self._wanted and self._intake is not None and not self.released.is_set():
+            self._applying = asyncio.create_task(self._apply(), name=f"bus.work.{self.session}")
 
     def hush(self) -> None:
         """Ask RabbitMQ to send nothing more, without waiting for its answer (the connection is closed soon)."""
@@ -475,10 +494,18 @@ class AmqpClaim:
 
     async def abandon(self) -> None:
         """Stop without a word to RabbitMQ: the connection is closed next, and the lock goes with it."""
+        self._forget_retry()
         await self._kept.stop(quiet=True)
         self.released.set()
 
+    def _forget_retry(self) -> None:
+        if self._work_retry is not None:
+            self._work_retry.cancel()
+        if self._applying is not None:
+            self._applying.cancel()
+
     async def _give_up(self) -> None:
+        self._forget_retry()
         # The channel first: what is unsettled is back in its queue before anybody else can take the lock.
         await self._kept.stop()
         link, self._lock_link = self._lock_link, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 import time
@@ -23,6 +24,9 @@ from warren.edges.amqp_frames import FrameReader
 from warren.errors import BrokerUnavailable, ConfigError
 
 T = TypeVar("T")
+
+# aiormq tells each failed try of ours, with a traceback for a lost connection. We tell it once, in words.
+logging.getLogger("aiormq").setLevel(logging.CRITICAL)
 
 REPEAT_S: Final = 60.0
 """A trouble that stays the same is logged again after this time."""
@@ -212,6 +216,19 @@ class Link:
             return False
         return False
 
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether a request on this connection is answered: it is alive, whatever else is slow."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await (await self.channel()).close()
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            return False
+        except Exception:  # however it failed, it is no answer
+            return False
+        return True
+
     def abort(self) -> None:
         """Close the socket without a word. Everything that waits on this connection ends."""
         if (writer := self._connection.streams.writer) is not None:
@@ -259,11 +276,14 @@ def describe(error: BaseException, options: BusOptions) -> BrokerUnavailable:
             return BrokerUnavailable(
                 f"RabbitMQ at {where} refused the login.", hint="Check user and password in the RabbitMQ URL."
             )
-        case aiormq.exceptions.ConnectionNotAllowed():
+        case aiormq.exceptions.InvalidFrameError() if "Connection.OpenOk" in str(error):
+            # All that aiormq tells when RabbitMQ answers the opening of a virtual host by closing.
             return BrokerUnavailable(
-                f"RabbitMQ at {where} refused the connection: {_text(error)}.",
+                f"RabbitMQ did not open the virtual host of {where}.",
                 hint="Check that the virtual host exists and that the user may use it (rabbitmqctl list_permissions).",
             )
+        case aiormq.exceptions.ConnectionClosed():
+            return BrokerUnavailable(f"RabbitMQ at {where} closed the connection: {_text(error)}.")
         case aiormq.exceptions.ChannelPreconditionFailed():
             return BrokerUnavailable(
                 f"'{name}' exists in RabbitMQ with other properties than warren's: {_text(error)}.",
@@ -275,6 +295,8 @@ def describe(error: BaseException, options: BusOptions) -> BrokerUnavailable:
                 f"RabbitMQ refused access to '{name}': {_text(error)}.",
                 hint="Give the user configure, write and read permission on the prefix (rabbitmqctl set_permissions).",
             )
+        case asyncio.CancelledError():  # what aiormq says when no heartbeat comes
+            return BrokerUnavailable(f"RabbitMQ at {where} has gone silent.", hint="Check the network.")
         case TimeoutError():
             return BrokerUnavailable(f"RabbitMQ at {where} did not answer in time.", hint="Check host, port and network.")
         case OSError():

@@ -22,6 +22,8 @@ ENDED_S: Final = 1.0
 """How long publishes may take to end by themselves after their connection ended."""
 SHORT_BYTES: Final = 255
 """AMQP's limit for exchange names, routing keys, message ids and content types."""
+PATIENCE: Final = 10
+"""So many times `watchdog_s` may a publish wait on a connection that is otherwise alive."""
 REPLY_WAIT_S: Final = 1.0
 REPLIES_MAX: Final = 500
 """Replies on their way; more are dropped (a reply is best effort, the outcome event is not)."""
@@ -104,6 +106,7 @@ class Publisher:
         self._pending: dict[str, _Pending] = {}
         self._watch: asyncio.Task[None] | None = None
         self._enders: set[asyncio.Task[None]] = set()
+        self._unconfirmed = Repeats("bus.unconfirmed")
         self.blocked = False
 
     def use(self, link: Link) -> None:
@@ -202,12 +205,24 @@ class Publisher:
             if self.blocked:
                 log.info("RabbitMQ takes messages again.")
             self.blocked = False
-            oldest = min((p.since for p in self._pending.values() if p.lane.link is link), default=loop.time())
-            if loop.time() - max(oldest, free_since) > self._options.watchdog_s:
-                logger.bind(action="bus.watchdog").error(
-                    "RabbitMQ has not confirmed a publish for {:.0f} s: starting over.", self._options.watchdog_s
-                )
-                link.abort()
+            await self._watch_oldest(link, free_since)
+
+    async def _watch_oldest(self, link: Link, free_since: float) -> None:
+        now = asyncio.get_running_loop().time()
+        oldest = min((pending.since for pending in self._pending.values() if pending.lane.link is link), default=now)
+        age_s = now - max(oldest, free_since)
+        if age_s <= self._options.watchdog_s:
+            self._unconfirmed.clear()
+            return
+        watchdog = logger.bind(action="bus.watchdog")
+        if age_s < self._options.watchdog_s * PATIENCE and await link.answers(self._options.watchdog_s / 2):
+            # Starting over would only send everything twice, to all other subscribers too.
+            self._unconfirmed(
+                "RabbitMQ answers but does not confirm what we publish: a subscriber's queue is probably without leader."
+            )
+        elif not link.closed.is_set():
+            watchdog.error("RabbitMQ has not confirmed a publish for {:.0f} s: starting over.", age_s)
+            link.abort()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for pending confirms, at most `timeout_s`."""
