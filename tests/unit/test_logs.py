@@ -238,7 +238,7 @@ def test_no_line_of_an_engine_raises(line: bytes) -> None:
 
 
 @few
-@given(st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.lists(st.text()), max_size=4))
+@given(st.dictionaries(st.text(), st.text() | st.integers(-(2**63), 2**63 - 1) | st.none() | st.lists(st.text()), max_size=4))
 def test_any_object_of_an_engine_is_logged(fields: dict[str, Any]) -> None:
     (entry,) = logged(lambda: log_engine_line(orjson.dumps(fields)))
     assert entry["message"] == str(fields.get("msg", ""))
