@@ -157,9 +157,9 @@ async def _call(args: argparse.Namespace, name: str, arguments: dict[str, Any]) 
         )
         if not outcome.ok:
             raise Failed(outcome)
-        _print_outcome(args, outcome)
         if getattr(args, "wait", False):
             return await _pair(args, client)
+        _print_outcome(args, outcome)
     return EXIT_OK
 
 

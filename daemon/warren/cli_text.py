@@ -23,7 +23,10 @@ def outcome_text(session: str, outcome: Outcome) -> str:
 
 def _told_create(session: str, result: dict[str, Any]) -> list[str]:
     state = result.get("state")
-    return [f"{session}: {state}" + ("" if state == "online" else f"; `warren qr {session}` shows the QR code to scan")]
+    return [
+        f"{session}: {state}"
+        + ("" if state == "online" else f"; `warren qr {session}` shows how it goes on, and the code to scan")
+    ]
 
 
 def _told_status(session: str, s: dict[str, Any]) -> list[str]:
@@ -87,7 +90,7 @@ def event_line(event: dict[str, Any]) -> str:
     """One event for a person: local time, session, event, and what matters of its data."""
     name = str(event.get("type", "")).removeprefix("warren.")
     data = event.get("data")
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         at = parse_time(event["time"]).astimezone().strftime("%H:%M:%S")
         return f"{at}  {event['session']:<12} {name:<18} {_gist(name, data if isinstance(data, dict) else {})}".rstrip()
     return orjson.dumps(event).decode()
@@ -106,6 +109,8 @@ def _gist(name: str, d: dict[str, Any]) -> str:
         case "command_failed":
             error = d.get("error") or {}
             return f"{d.get('command')} {d.get('id') or ''} {error.get('code')}: {error.get('message')}"
+        case "connected":
+            return f"as {account(d)}"
         case "qr":
             return f"a code to scan until {d.get('expires_at')}, {d.get('remaining')} more"
         case _:
