@@ -48,7 +48,7 @@ def _now() -> datetime:
 
 def _lock_lost(session: str) -> None:
     logger.bind(action="lock_lost", session=session).error(
-        "Another daemon holds session {}. Two daemons must not share a state directory's copy: log it out on one of them.", session
+        "Another daemon holds session {}. Two daemons must not share one session's state: remove it from one of them.", session
     )
 
 

@@ -66,7 +66,10 @@ class Claim(Protocol):
         ...
 
     async def pause_work(self) -> None:
-        """Stop consuming `warren.session.<id>` (idempotent); messages handed over before stay unsettled."""
+        """Stop consuming `warren.session.<id>` (idempotent).
+
+        Everything unsettled of it returns to the queue, in its order; settling it afterwards does nothing.
+        """
         ...
 
     async def release(self, *, remove: bool = False) -> None:

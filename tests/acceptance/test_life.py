@@ -57,7 +57,7 @@ async def test_commands_and_what_can_go_wrong(tmp_path: Path, broker: Broker, pr
 
         listed = await rig.client.list_sessions()
         assert [(s["session"], s["state"], s["instance"]) for s in listed] == [("acme", "online", "rig")]
-        assert rig.got.sequence_faults() == []
+        assert rig.got.sequence_faults == []
 
 
 async def test_unlinked_on_the_phone(tmp_path: Path, broker: Broker, prefix: str) -> None:
@@ -80,7 +80,7 @@ async def test_unlinked_on_the_phone(tmp_path: Path, broker: Broker, prefix: str
         qr = await rig.got.event("qr", "acme", after=after)
         await rig.sim.scan("15550001112", qr["data"]["code"])
         await rig.got.event("connected", "acme", after=after)
-        assert rig.got.sequence_faults() == []
+        assert rig.got.sequence_faults == []
 
 
 async def test_logout_removes_and_create_begins_anew(tmp_path: Path, broker: Broker, prefix: str) -> None:
@@ -159,7 +159,7 @@ async def _check(rig: Rig, sessions: list[str], count: int) -> None:
         assert texts(shown, rig.number(s)) == expected_out, s
         inbound = [e["data"]["text"] for e in rig.got.of("message", s)]
         assert inbound == [f"in-{s} {n}" for n in range(1, count + 1)], s
-    assert rig.got.sequence_faults() == []
+    assert rig.got.sequence_faults == []
 
 
 @pytest.mark.timeout(240)

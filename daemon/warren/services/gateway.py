@@ -103,9 +103,7 @@ class Gateway:
             case "status":
                 self._status(session, task)
             case "send":
-                if not session.offer(task):
-                    # It crossed the session's going offline: back to its queue until the session is ONLINE again.
-                    self._outcomes.give_back(task)
+                session.offer(task)
             case _:
                 session.command(task)
 

@@ -31,7 +31,7 @@ class Outcomes:
 
     def __init__(self, bus: Bus, store: Store, delivery: Delivery, topology: Topology) -> None:
         self._bus, self._store, self._delivery, self._topology = bus, store, delivery, topology
-        self._settling: set[asyncio.Task[None]] = set()
+        self._settling: dict[asyncio.Task[None], str] = {}
 
     async def replayed(self, task: Task) -> bool:
         """Settle a command whose final outcome is in the journal; False when it is not there and must be executed.
@@ -50,7 +50,7 @@ class Outcomes:
         outcome = Outcome.parse(row.outcome)
         if task.incoming.redelivered:
             # It was committed together with its outbox row, so its event has left or will: only the ack was lost.
-            self._spawn(self._settle(task.incoming, outcome, None))
+            self._spawn(command.session, self._settle(task.incoming, outcome, None))
         else:
             self.finish(task, outcome, journal=False)
         return True
@@ -68,7 +68,7 @@ class Outcomes:
             journal=self._journal_row(command, outcome) if journal else None,
             also=also,
         )
-        self._spawn(self._settle(task.incoming, outcome, ticket))
+        self._spawn(command.session, self._settle(task.incoming, outcome, ticket))
         return ticket
 
     def fail(self, task: Task, error: CommandError) -> Ticket:
@@ -82,28 +82,24 @@ class Outcomes:
     ) -> None:
         """End a command that concerns no session of ours: its outcome has no sequence and no journal."""
         outcome = Outcome.failed(command, command_id, error)
-        self._spawn(self._refuse(incoming, outcome, session))
+        self._spawn(session, self._refuse(incoming, outcome, session))
 
     def bury(self, incoming: Incoming, error: CommandError, *, session: str, command_id: str | None) -> None:
         """End what cannot be decoded: a copy goes to the dead exchange, with the reason; the outcome event tells of it."""
-        self._spawn(self._bury(incoming, error, session, command_id))
+        self._spawn(session, self._bury(incoming, error, session, command_id))
 
     def answer(self, incoming: Incoming, outcome: Outcome) -> None:
         """End a query: a reply, no event."""
-        self._spawn(self._settle(incoming, outcome, None))
-
-    def give_back(self, task: Task) -> None:
-        """Not now: the command returns to its queue."""
-        self._spawn(task.incoming.requeue())
+        self._spawn("", self._settle(incoming, outcome, None))
 
     def drop(self, incoming: Incoming) -> None:
         """End a query that asks for no answer."""
-        self._spawn(incoming.ack())
+        self._spawn("", incoming.ack())
 
-    async def wait(self) -> None:
-        """Until every command that was ended is settled."""
-        while self._settling:
-            await asyncio.wait(set(self._settling))
+    async def wait(self, session: str | None = None) -> None:
+        """Until every command that was ended, of one session or of all, is settled."""
+        while waiting := {task for task, of in self._settling.items() if session in {None, of}}:
+            await asyncio.wait(waiting)
 
     def cancel(self) -> None:
         """Give up waiting: what is not settled is redelivered by RabbitMQ and answered from the journal."""
@@ -118,10 +114,10 @@ class Outcomes:
             return None
         return JournalRow(command.session, command.id, command.fingerprint, orjson.dumps(outcome.body()))
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, session: str, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
+        self._settling[task] = session
+        task.add_done_callback(self._settling.pop)
 
     async def _settle(self, incoming: Incoming, outcome: Outcome, ticket: Ticket | None) -> None:
         if ticket is not None:

@@ -18,13 +18,15 @@ from warren.services.outcomes import Outcomes, Task
 
 SEND_TIMEOUT_S = 60.0
 SEND_TRIES = 5
+RETRY_PAUSE_S = 1.0
 
 RequestSend = Callable[..., Awaitable[dict[str, Any]]]
 """`request(message_id=, to=, text=, timeout_ms=)`; raises EngineError."""
 
 
 class SendLane:
-    """One stay in ONLINE. `stop` ends it: what was not begun goes back to its queue, in order, behind what was under way.
+    """One stay in ONLINE. It never gives a command back: what it leaves unsettled returns to the queue, in order, when the
+    session's work channel is closed (`Claim.pause_work`). So a command that cannot go out now is tried again in its place.
 
     `tries` outlives the lane (it is the session's): how often a command's outcome at WhatsApp stayed unknown.
     """
@@ -35,68 +37,67 @@ class SendLane:
         self._session, self._request, self._outcomes, self._tries, self._now = session, request, outcomes, tries, now
         self._queue: asyncio.Queue[Task] = asyncio.Queue()
         self._busy = False
-        self._ending = False
+        self._ending = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"sender.{session}")
 
     def offer(self, task: Task) -> None:
-        """Take a send; bounded by the prefetch of the session's queue. Only before the lane has `ended`."""
+        """Take a send; bounded by the prefetch of the session's queue. One that comes after `stop` is left unsettled."""
         self._queue.put_nowait(task)
 
-    @property
-    def ended(self) -> bool:
-        return self._task.done()
-
     async def stop(self, timeout_s: float) -> None:
-        """Begin no further send, and wait for the one under way, at most `timeout_s`.
+        """Begin no further send, and wait for the one under way, at most `timeout_s`; then it is cancelled.
 
-        After that it ends by itself once its connection does. Cancelling the wait leaves the lane ending.
+        A cancelled send may or may not be out; the same command, redelivered, sends the same message.
         """
-        self._ending = True
+        self._ending.set()
         if not self._busy:
             self._task.cancel()
         await asyncio.wait({self._task}, timeout=timeout_s)
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
-        try:
-            while not self._ending:
-                task = await self._queue.get()
-                self._busy = True
-                await self._contained(task)
-                self._busy = False
-        except asyncio.CancelledError:
-            # `stop` cancels only while nothing is under way.
-            pass
-        finally:
-            while not self._queue.empty():
-                await self._queue.get_nowait().incoming.requeue()
+        while not self._ending.is_set():
+            task = await self._queue.get()
+            self._busy = True
+            await self._contained(task)
+            self._busy = False
 
     async def _contained(self, task: Task) -> None:
         try:
             await self._send(task)
         except Exception:
             logger.bind(action="session_bug", session=self._session).exception("A send met a bug.")
-            with contextlib.suppress(Exception):
-                await task.incoming.requeue()
+            bug = CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
+            self._outcomes.fail(task, bug)
 
     async def _send(self, task: Task) -> None:
         try:
             if await self._outcomes.replayed(task):
                 return
-            if task.command.expired(self._now()):
-                raise expired_error()
-            result = await self._through_engine(task)
+            result = await self._until_sent(task)
         except CommandError as e:
             await asyncio.shield(self._outcomes.fail(task, e).stored)
             return
-        if result is None:
-            await task.incoming.requeue()
-            return
-        ticket = self._outcomes.finish(task, Outcome("send", task.command.id, result))
-        # The next send waits until this outcome is on disk: a full outbox stops sending instead of growing.
-        await asyncio.shield(ticket.stored)
+        if result is not None:
+            ticket = self._outcomes.finish(task, Outcome("send", task.command.id, result))
+            # The next send waits until this outcome is on disk: a full outbox stops sending instead of growing.
+            await asyncio.shield(ticket.stored)
+
+    async def _until_sent(self, task: Task) -> dict[str, Any] | None:
+        """Try until it is sent, has failed (raises CommandError) or the lane ends (None). Later sends wait: order is kept."""
+        while True:
+            if task.command.expired(self._now()):
+                raise expired_error()
+            if (result := await self._through_engine(task)) is not None:
+                return result
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), RETRY_PAUSE_S)
+            if self._ending.is_set():
+                return None
 
     async def _through_engine(self, task: Task) -> dict[str, Any] | None:
-        """The result; None when the command must go back to its queue. Raises CommandError when it has failed."""
+        """The result; None when it may be tried again. Raises CommandError when it has failed."""
         args, command_id = task.command.args, task.command.id
         assert isinstance(args, SendArgs)
         assert command_id is not None

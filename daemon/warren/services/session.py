@@ -38,6 +38,8 @@ CLOSE_TIMEOUT_S = 12.0
 LOGOUT_TIMEOUT_S = 20.0
 SEND_GRACE_S = 5.0
 """How long leaving ONLINE waits for the send under way."""
+ACK_GRACE_S = 2.0
+"""How long leaving ONLINE waits for RabbitMQ to confirm outcomes; what is not acked then comes again and is answered anew."""
 SETTLE_TIMEOUT_S = 90.0
 """Longest time from `open` to the first word about it."""
 REPLACED_RETRY_S = 60.0
@@ -151,12 +153,10 @@ class Session:
         """`create`, `disconnect` or `logout`."""
         self._post(task)
 
-    def offer(self, task: Task) -> bool:
-        """Take a `send`; False when the session is not ONLINE, and the command must go back to its queue."""
-        if self._lane is None or self._lane.ended:
-            return False
-        self._lane.offer(task)
-        return True
+    def offer(self, task: Task) -> None:
+        """Take a `send`. One that comes when the session is not ONLINE stays unsettled: its channel is about to be closed."""
+        if self._lane is not None:
+            self._lane.offer(task)
 
     def halt(self) -> asyncio.Future[None]:
         """Close the connection without changing what the registry wants (shutdown). Done when it is closed."""
@@ -166,9 +166,8 @@ class Session:
         return self._halted
 
     async def finish_sending(self) -> None:
-        """Begin no further send; return when the one under way has ended."""
-        if self._lane is not None:
-            await self._lane.stop(SEND_TIMEOUT_S)
+        """Begin no further send; return when the one under way has ended. What was not begun is back in its queue then."""
+        await self._stop_sending(SEND_TIMEOUT_S)
 
     def on_engine(self, event: EngineEvent) -> None:
         """Called by the reader of the engine's pipe, in order. Hands over; never waits."""
@@ -636,11 +635,17 @@ class Session:
         return request
 
     async def _leave_online(self) -> None:
-        """Stop taking sends; what was not begun goes back to its queue."""
         self._cancel_timer()
+        await self._stop_sending(SEND_GRACE_S)
+
+    async def _stop_sending(self, timeout_s: float) -> None:
+        """Finish the send under way, ack what is finished, and let the rest return to its queue, in order."""
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            await lane.stop(timeout_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._deps.outcomes.wait(self.id), ACK_GRACE_S)
         await self._claim.pause_work()
-        if self._lane is not None:
-            await self._lane.stop(SEND_GRACE_S)
 
 
 _SHUTDOWN = Cause(Trigger.STOP, "shutdown", "The daemon is stopping.", "Nothing to do: the session comes back with the daemon.")
