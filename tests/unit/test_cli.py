@@ -1,0 +1,170 @@
+"""The command line without RabbitMQ: usage, settings, what it hands over to other programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from warren import cli, client
+from warren.cli import main
+
+NOWHERE = "amqp://guest:geheim@127.0.0.1:1/"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings but the defaults, and no state of anybody."""
+    for name in [name for name in os.environ if name.startswith("WARREN_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["session"], ["session", "list"], ["session", "send"], ["qr"], ["watch"], ["sim"], ["version"]]
+)
+def test_help_tells_the_exit_status(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    if words != ["session"]:
+        assert "4    no answer in time" in text
+    assert "--config" in text
+    assert "--json" in text
+
+
+WRONG = [
+    [],
+    ["dance"],
+    ["session", "create"],
+    ["session", "create", "a.b"],
+    ["session", "send", "acme", "--text", "hi"],
+    ["session", "status", "acme", "--timeout", "0"],
+    ["session", "status", "acme", "--timeout", "soon"],
+    ["session", "list", "--url", "http://127.0.0.1"],
+    ["session", "list", "--config", "missing.toml"],
+    ["qr", "../etc"],
+]
+
+
+@pytest.mark.parametrize("words", WRONG, ids=" ".join)
+def test_wrong_usage_is_exit_2_with_one_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("error: ") == 1
+    assert main([*words, "--json"]) == 2
+    error = orjson.loads(capsys.readouterr().out)["error"]
+    assert error["code"] in {"usage", "config"}
+    assert error["message"]
+
+
+@pytest.mark.parametrize("where", [0, 1, 2, 3])
+def test_common_options_stand_anywhere(where: int, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["session", "status", "acme"]
+    words[where:where] = ["--url", NOWHERE, "--json"]
+    assert main(words) == 3
+    said = capsys.readouterr()
+    assert orjson.loads(said.out)["error"]["code"] == "broker_unavailable"
+    assert "127.0.0.1:1 cannot be reached" in said.err
+    assert "geheim" not in said.out + said.err
+
+
+def test_neither_place_erases_what_the_other_said() -> None:
+    args = cli.build_parser().parse_args(["--url", "a", "--timeout", "7", "session", "--json", "status", "acme", "--config", "f"])
+    assert (args.url, args.timeout, args.json, args.config) == ("a", 7.0, True, Path("f"))
+    args = cli.build_parser().parse_args(["--timeout", "7", "session", "status", "acme", "--timeout", "8"])
+    assert args.timeout == 8.0
+
+
+def test_check_config_masks_and_names_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.toml").write_text(f'instance = "one"\n[amqp]\nurl = "{NOWHERE}"\n')
+    assert main(["check-config", "--config", "my.toml"]) == 0
+    text = capsys.readouterr().out
+    assert "geheim" not in text
+    assert "my.toml" in next(line for line in text.splitlines() if line.startswith("amqp.url "))
+    assert main(["--json", "check-config", "--config", "my.toml"]) == 0
+    settings = orjson.loads(capsys.readouterr().out)["settings"]
+    assert settings["instance"] == {"value": "one", "source": "my.toml"}
+    assert settings["amqp.prefix"] == {"value": "warren", "source": "default"}
+
+
+def test_check_config_names_file_setting_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.toml").write_text('[amqp]\nurll = "x"\n')
+    assert main(["check-config", "--config", "my.toml"]) == 2
+    said = capsys.readouterr().err
+    assert "my.toml" in said
+    assert "amqp.urll" in said
+    assert "amqp.url?" in said
+
+
+def test_an_unreadable_address_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "var" / "rabbitmq" / "url").mkdir(parents=True)
+    assert main(["session", "list"]) == 3
+    assert "as the user that the daemon runs as" in capsys.readouterr().err
+
+
+def test_sim_becomes_warren_sim(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(cli, "find_engine_binary", lambda path, name: Path("/x") / name)
+    monkeypatch.setattr(os, "execv", lambda *words: ran.append(words))
+    with pytest.raises(TypeError):  # a real execv does not come back
+        main(["sim", "--listen", "127.0.0.1:0", "--ca-file", "ca.pem"])
+    assert ran == [("/x/warren-sim", ["/x/warren-sim", "--listen", "127.0.0.1:0", "--ca-file", "ca.pem"])]
+
+
+def test_demo_is_handed_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = types.ModuleType("warren.demo")
+    demo.run = lambda base: 0 if base == Path("there") else 9  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "warren.demo", demo)
+    assert main(["demo", "--dir", "there"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo warren-engine 9.8.7", "9.8.7"),
+        ("exit 2", "of an unknown version"),
+        (None, None),
+    ],
+)
+def test_version(
+    script: str | None, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "warren-engine"
+    if script is not None:
+        engine.write_text(f"#!/bin/sh\n{script}\n")
+        engine.chmod(0o755)
+    monkeypatch.setenv("WARREN_ENGINE__PATH", str(engine))
+    assert main(["version", "--json"]) == 0
+    assert orjson.loads(capsys.readouterr().out)["engine"] == told
+    assert main(["version"]) == 0
+    assert (told or "make engine") in capsys.readouterr().out
+
+
+def test_an_interrupted_command_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_settings", interrupted)
+    assert main(["check-config"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://u:p@host/", "host:5672"),
+        ("amqps://u:p@host/vhost", "host:5671"),
+        ("amqp://[::1]:77", "::1:77"),
+        ("amqp://u:p@host:x/", "an address that is not a URL"),
+    ],
+)
+def test_only_host_and_port_of_a_url_are_shown(url: str, shown: str) -> None:
+    assert client.broker_address(url) == shown
