@@ -16,7 +16,7 @@ from warren.errors import EngineError, FrameError
 LOG_LINE_BYTES = 64 * 1024
 """Longer lines on the engine's stderr are cut off."""
 LAST_WORDS_S = 1.0
-"""How long after an engine's exit its last frames and log lines are waited for."""
+"""How long after an engine's exit its last log lines are waited for."""
 
 # The engine wants its socket as descriptor 3, but `pass_fds` keeps the number it has in the daemon, where 3 is taken. So the
 # socket goes in as standard input, and the shell moves it and becomes the engine: same pid, no Python between fork and exec
@@ -40,8 +40,6 @@ class PipedEngine:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._reading = False
-        self._ended = asyncio.Event()
         assert process.stderr is not None
         self._stderr = asyncio.create_task(_relay(process.stderr, log), name=f"engine {process.pid} stderr")
 
@@ -60,7 +58,6 @@ class PipedEngine:
 
     async def frames(self) -> bytes | None:
         """See `ports.EngineProcess.frames`; for one task. Cancelling it loses nothing."""
-        self._reading = True
         try:
             line = await self._reader.readuntil()
         except asyncio.LimitOverrunError as e:
@@ -70,10 +67,7 @@ class PipedEngine:
             ) from e
         except (asyncio.IncompleteReadError, OSError):  # what follows the last newline was torn by its end
             self._writer.close()
-            self._ended.set()
             return None
-        finally:
-            self._reading = False
         return line[:-1]
 
     async def terminate(self, timeout_s: float) -> int:
@@ -97,18 +91,13 @@ class PipedEngine:
             self._process.kill()
 
     async def _last_words(self) -> None:
-        """Let the log end, and whoever is in `frames` read to the end, before the descriptors are closed."""
-        waiting: list[asyncio.Task[object]] = [self._stderr]
-        ended = asyncio.create_task(self._ended.wait())
-        if self._reading:
-            waiting.append(ended)
+        """Let the log end before the descriptors are closed. Frames that have arrived can still be read afterwards."""
         try:
-            await asyncio.wait(waiting, timeout=LAST_WORDS_S)
+            await asyncio.wait([self._stderr], timeout=LAST_WORDS_S)
         finally:
-            ended.cancel()
             self._stderr.cancel()
             self._writer.close()
-        await asyncio.wait([ended, self._stderr])
+        await asyncio.wait([self._stderr])
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
