@@ -83,10 +83,10 @@ def test_events_come_back_as_sent(event: str, generation: int, session: str, dat
 def test_responses_come_back_as_sent(re: int, session: str, result: dict[str, Any]) -> None:
     good = orjson.dumps({"re": re, "session": session, "ok": True, "result": result})
     assert frames.decode(good) == Response(re, session, result=result)
-    bad = orjson.dumps({"re": re, "session": session, "ok": False, "error": {"code": "timeout", **result}})
+    bad = orjson.dumps({"re": re, "session": session, "ok": False, "error": {**result, "code": "timeout"}})
     decoded = frames.decode(bad)
     assert isinstance(decoded, Response)
-    assert decoded.error == {"code": "timeout", **result}
+    assert decoded.error == {**result, "code": "timeout"}
 
 
 @pytest.mark.parametrize(
