@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -126,7 +126,7 @@ class Client:
             body["expires_at"] = timestamp(datetime.now(UTC) + timedelta(seconds=expires_in_s))
         late = NoAnswer(
             f"No answer to `{command}` for session {session} within {timeout_s:g} s.",
-            hint="Is warrend running? The command stays queued and may still run"
+            hint=f"Is warrend running{', and the session online' if command == 'send' else ''}? The command stays queued and may still run"
             + (f"; repeat it with the same id ({id}) to learn its outcome." if id else "."),
         )
         async with self._asked(f"{self._topology.prefix}.{spec.exchange}", session, body, timeout_s, late) as (answers, deadline):
@@ -217,7 +217,7 @@ class Client:
     # --- events
 
     async def events(self, binding: str = "#", *, queue: str | None = None, tap: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """Decoded CloudEvents, from the moment of the first `anext`; see `subscribe`, which can tell that moment."""
+        """Decoded CloudEvents, from the first `anext` on; `subscribe` can tell that moment, and ends when its context does."""
         async with self.subscribe(binding, queue=queue, tap=tap) as subscription:
             async for event in subscription:
                 yield event
@@ -239,7 +239,7 @@ class Subscription:
     then. Ends only by leaving the context, or with BrokerUnavailable. Cancelling an `anext` loses nothing.
     """
 
-    def __init__(self, connection: Any, exchange: str, binding: str, queue: str | None) -> None:
+    def __init__(self, connection: Callable[[], AbstractConnection], exchange: str, binding: str, queue: str | None) -> None:
         self._connection, self._exchange, self._binding, self._queue = connection, exchange, binding, queue
         self._channel: AbstractChannel | None = None
         self._incoming: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()

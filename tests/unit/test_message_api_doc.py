@@ -115,6 +115,13 @@ def test_every_error_code_in_the_source_is_in_the_table() -> None:
     assert kinds == {"refused", "final", "retry"}
 
 
+def test_what_is_final_is_said_of_failed_sends() -> None:
+    kinds = {row[0].strip("`"): row[1] for row in rows(section("Errors"))}
+    for code in ("invalid_recipient", "recipient_not_found", "recipient_unreachable", "restricted", "rate_limited", "rejected"):
+        failure = events.send_failure(code, "", None)
+        assert kinds[failure.code] == ("final" if failure.final else "retry")
+
+
 def test_limits_and_names_are_the_real_ones() -> None:
     assert f"{MAX_BODY_BYTES:,}" in DOC
     assert f"{MAX_TEXT_CHARS:,}" in DOC
