@@ -124,10 +124,11 @@ class Client:
             body["id"] = id
         if expires_in_s is not None:
             body["expires_at"] = timestamp(datetime.now(UTC) + timedelta(seconds=expires_in_s))
+        is_it = "Is warrend running, and the session online?" if command == "send" else "Is warrend running?"
+        again = f"; repeat it with the same id ({id}) to learn its outcome." if id else "."
         late = NoAnswer(
             f"No answer to `{command}` for session {session} within {timeout_s:g} s.",
-            hint=f"Is warrend running{', and the session online' if command == 'send' else ''}? The command stays queued and may still run"
-            + (f"; repeat it with the same id ({id}) to learn its outcome." if id else "."),
+            hint=f"{is_it} The command stays queued and may still run{again}",
         )
         async with self._asked(f"{self._topology.prefix}.{spec.exchange}", session, body, timeout_s, late) as (answers, deadline):
             try:
