@@ -24,7 +24,6 @@ TURNS: Final = 32
 DISCARD_S: Final = 2.0
 UNBOUND_S: Final = 0.1
 """A message that RabbitMQ routed just before an unbind may reach its queue just after it."""
-WORK_RETRY_S: Final = 30.0
 POLL_S: Final = 0.02
 
 
@@ -309,10 +308,9 @@ class AmqpClaim:
         self._releasing = asyncio.Lock()
         self._intake: Intake | None = None
         self._control_tag: str | None = None
-        self._work_tag: str | None = None
-        self._wanted = False
-        self._work_retry: asyncio.TimerHandle | None = None
-        self._applying: asyncio.Task[None] | None = None
+        self._working: KeptChannel | None = None
+        """A channel of its own for the work queue, there while its messages are wanted. Closing it returns what is unsettled
+        all at once, in order; a cancelled consumer would not (RabbitMQ gives back what crosses the cancel before the rest)."""
         self._lock_link: Link | None = None
         self._locked_out_since: float | None = None
         self._told_lost = False
@@ -369,9 +367,7 @@ class AmqpClaim:
         await work.bind(names.commands, self.session)
         async with self._mutex:
             self._control_tag = await intake.consume(self._control, self._on_control, prefetch=self._options.control_prefetch)
-            self._work_tag = None
             self._intake = intake
-            await self._work_as_wanted(intake)
         self._trouble.clear()
         self._log.bind(action="claim.held").info("Session {} is claimed.", self.session)
 
@@ -413,63 +409,47 @@ class AmqpClaim:
 
     def _down(self) -> None:
         self._intake = None
-        self._control_tag = self._work_tag = None
+        self._control_tag = None
 
     # --- consuming ----------------------------------------------------------------------------------------------------
 
     async def consume_work(self) -> None:
-        """See `ports.Claim`. Returns at once when the claim is not held; consuming then begins when it is."""
-        self._wanted = True
-        await self._apply()
+        """See `ports.Claim`. Returns at once; consuming begins when the claim is held."""
+        if self._working is None and not self.released.is_set():
+            self._working = KeptChannel(
+                self._gate, self._options, self._set_up_work, name=f"work.{self.session}", on_failed=self._work_failed
+            )
+            self._working.start()
 
     async def pause_work(self) -> None:
         """See `ports.Claim`."""
-        self._wanted = False
-        await self._apply()
+        working, self._working = self._working, None
+        if working is not None:
+            await working.stop()
 
-    async def _apply(self) -> None:
-        async with self._mutex:
-            if (intake := self._intake) is None:
-                return
-            try:
-                await self._work_as_wanted(intake)
-            except asyncio.CancelledError as error:
-                self._kept.lose(error)
-                if is_cancelled():
-                    raise
-            except Exception as error:
-                self._kept.lose(error)
+    async def _set_up_work(self, link: Link, channel: AbstractChannel, intake: Intake) -> None:
+        if not self._kept.up.is_set():
+            raise LinkLost(f"Session {self.session} is not claimed yet.")
+        await intake.consume(self._work, self._on_work, prefetch=self._options.work_prefetch)
 
-    async def _work_as_wanted(self, intake: Intake) -> None:
-        if not self._wanted and self._work_tag is not None:
-            tag, self._work_tag = self._work_tag, None
-            await intake.cancel(tag)
-        if not self._wanted or self._work_tag is not None or self._work_retry is not None:
+    def _work_failed(self, error: BaseException) -> None:
+        if not self._kept.up.is_set():
+            return  # the claim tells of its own trouble
+        if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
+            self._kept.lose(error)  # somebody deleted the queue: the claim declares it again
             return
-        try:
-            self._work_tag = await intake.consume(self._work, self._on_work, prefetch=self._options.work_prefetch)
-        except TimeoutError as error:
-            self._retry_work_later()
-            raise LinkLost(
+        if isinstance(error, TimeoutError):
+            error = LinkLost(
                 f"RabbitMQ does not let us consume '{self._work}'.",
                 hint="A quorum queue without leader does not answer; restarting RabbitMQ helps if it was killed.",
-            ) from error
-
-    def _retry_work_later(self) -> None:
-        """Go on without the work queue for a while: a request that is not answered costs the channel, and with it control."""
-        handle = asyncio.get_running_loop().call_later(WORK_RETRY_S, self._retry_work)
-        self._work_retry = handle
-
-    def _retry_work(self) -> None:
-        self._work_retry = None
-        if self._wanted and self._intake is not None and not self.released.is_set():
-            self._applying = asyncio.create_task(self._apply(), name=f"bus.work.{self.session}")
+            )
+        self._trouble(str(describe(error, self._options)))
 
     def hush(self) -> None:
         """Ask RabbitMQ to send nothing more, without waiting for its answer (the connection is closed soon)."""
         if (intake := self._intake) is not None:
-            for tag in filter(None, (self._control_tag, self._work_tag)):
-                _forget(asyncio.ensure_future(intake.channel.basic_cancel(tag, nowait=True)))
+            if self._control_tag is not None:
+                _forget(asyncio.ensure_future(intake.channel.basic_cancel(self._control_tag, nowait=True)))
 
     # --- letting go ---------------------------------------------------------------------------------------------------
 
@@ -494,19 +474,15 @@ class AmqpClaim:
 
     async def abandon(self) -> None:
         """Stop without a word to RabbitMQ: the connection is closed next, and the lock goes with it."""
-        self._forget_retry()
+        working, self._working = self._working, None
+        if working is not None:
+            await working.stop(quiet=True)
         await self._kept.stop(quiet=True)
         self.released.set()
 
-    def _forget_retry(self) -> None:
-        if self._work_retry is not None:
-            self._work_retry.cancel()
-        if self._applying is not None:
-            self._applying.cancel()
-
     async def _give_up(self) -> None:
-        self._forget_retry()
-        # The channel first: what is unsettled is back in its queue before anybody else can take the lock.
+        # The channels first: what is unsettled is back in its queue before anybody else can take the lock.
+        await self.pause_work()
         await self._kept.stop()
         link, self._lock_link = self._lock_link, None
         if link is not None and not link.closed.is_set():
@@ -538,10 +514,10 @@ class AmqpClaim:
             timeout_s = self._options.request_timeout_s
             await intake.channel.queue_unbind(self._control, names.control, self.session, timeout=timeout_s)
             await intake.channel.queue_unbind(self._work, names.commands, self.session, timeout=timeout_s)
-            self._wanted = False
-            for tag in filter(None, (self._control_tag, self._work_tag)):
-                await intake.cancel(tag)
-            self._control_tag = self._work_tag = None
+            await self.pause_work()
+            if self._control_tag is not None:
+                await intake.cancel(self._control_tag)
+            self._control_tag = None
             await asyncio.sleep(UNBOUND_S)
             await self._drain(intake)
             await intake.channel.queue_delete(self._control, timeout=timeout_s)

@@ -284,7 +284,7 @@ def describe(error: BaseException, options: BusOptions) -> BrokerUnavailable:
             )
         case aiormq.exceptions.ConnectionClosed():
             return BrokerUnavailable(f"RabbitMQ at {where} closed the connection: {_text(error)}.")
-        case aiormq.exceptions.ChannelPreconditionFailed():
+        case aiormq.exceptions.ChannelPreconditionFailed() if name is not None:
             return BrokerUnavailable(
                 f"'{name}' exists in RabbitMQ with other properties than warren's: {_text(error)}.",
                 hint="Somebody declared it differently. Delete it (rabbitmqctl delete_queue, after draining it), or give "

@@ -427,9 +427,16 @@ class Delivery:
         return (RemoveEvents(keys),) if keys else ()
 
     def _forget_soon(self) -> None:
-        if writes := self._take_confirmed():
-            # A failure only means that the rows are published once more after a restart.
-            self._store.write(*writes).add_done_callback(lambda f: f.cancelled() or f.exception())
+        keys = tuple(self._confirmed)
+        if not keys:
+            return
+        self._confirmed = []
+
+        def done(written: asyncio.Future[None]) -> None:
+            if not written.cancelled() and written.exception() is not None:
+                self._confirmed.extend(keys)  # a full disk: the next commit takes them along
+
+        self._store.write(RemoveEvents(keys)).add_done_callback(done)
 
     async def _forget_confirmed(self) -> None:
         if writes := self._take_confirmed():
