@@ -22,6 +22,7 @@ const (
 type handoff struct {
 	turn   chan struct{} // holds a token while an event is with the daemon; for good once drained
 	giveUp chan struct{}
+	once   sync.Once // closes giveUp
 
 	mu     sync.Mutex
 	closed bool
@@ -103,7 +104,7 @@ func (h *handoff) drain(bound time.Duration) {
 	if h.waitIdle(bound) {
 		return
 	}
-	close(h.giveUp)
+	h.once.Do(func() { close(h.giveUp) })
 	h.waitIdle(time.Second)
 }
 

@@ -4,6 +4,7 @@ package session
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync"
 	"time"
@@ -15,10 +16,15 @@ import (
 
 	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
+	"warren/engine/internal/state"
 )
 
 // maxMessageID bounds the id that the daemon chooses; WhatsApp's own have 22 characters.
 const maxMessageID = 128
+
+// encryptTries is how often a message is encrypted when its recipient writes at the same moment. From the second time on only a retry that
+// whatsmeow answers can be in the way.
+const encryptTries = 4
 
 // Sent is the result of a send request.
 type Sent struct {
@@ -148,12 +154,10 @@ func (s *Session) send(job *sendJob) (*Sent, *frames.Error) {
 	if err != nil {
 		return nil, err
 	}
-	s.wire.watch(job.request.MessageID)
-	defer s.wire.watch("")
-	message := &waE2E.Message{Conversation: proto.String(job.request.Text)}
-	response, failure := s.cli.SendMessage(s.ctx, job.to, message, whatsmeow.SendRequestExtra{
-		ID: job.request.MessageID, Timeout: max(time.Until(job.deadline), time.Millisecond),
-	})
+	response, failure := s.encryptAndSend(job, func() {})
+	for tries := 1; errors.Is(failure, state.ErrSessionChanged) && tries < encryptTries; tries++ {
+		response, failure = s.sendUndisturbed(job)
+	}
 	if failure != nil {
 		return nil, classifySend(failure)
 	}
@@ -162,6 +166,25 @@ func (s *Session) send(job *sendJob) (*Sent, *frames.Error) {
 		return nil, frames.Errorf(frames.CodeRecipientUnreachable, "no device of the recipient has keys to encrypt for")
 	}
 	return &Sent{MessageID: job.request.MessageID, Timestamp: rfc3339(response.Timestamp)}, nil
+}
+
+// encryptAndSend sends a message once; onSent is called when it is encrypted and about to be written.
+func (s *Session) encryptAndSend(job *sendJob, onSent func()) (whatsmeow.SendResponse, error) {
+	s.wire.watch(job.request.MessageID, onSent)
+	message := &waE2E.Message{Conversation: proto.String(job.request.Text)}
+	return s.cli.SendMessage(s.ctx, job.to, message, whatsmeow.SendRequestExtra{
+		ID: job.request.MessageID, Timeout: max(time.Until(job.deadline), time.Millisecond),
+	})
+}
+
+// sendUndisturbed lets received messages wait while this one is encrypted.
+func (s *Session) sendUndisturbed(job *sendJob) (whatsmeow.SendResponse, error) {
+	resume, err := s.store.PauseDecryption(s.ctx)
+	if err != nil {
+		return whatsmeow.SendResponse{}, err
+	}
+	defer resume()
+	return s.encryptAndSend(job, resume)
 }
 
 // isRecipient tells the recipient's devices from our own. In a group everybody else is a recipient.

@@ -32,7 +32,7 @@ const (
 	sendQueue       = 64
 	historyQueue    = 16
 	lifecycleQueue  = 32
-	retryReceipts   = 4       // answered in parallel; whatsmeow's default has no bound
+	retryReceipts   = 1       // answered in parallel; whatsmeow's default has no bound
 	walLimit        = 1 << 20 // bytes after which the write-ahead log is emptied
 	checkpointEvery = time.Minute
 

@@ -22,6 +22,7 @@ type wire struct {
 
 	mu        sync.Mutex
 	watchedID string
+	onSent    func() // called once when the watched message is about to be written
 	reached   []types.JID
 	settling  string // stanza id of the last accepted event whose receipt has not been written
 	settled   chan struct{}
@@ -56,6 +57,7 @@ func (w *wire) Sent(node *waBinary.Node) {
 	case "message":
 		if id != "" && id == w.watchedID {
 			w.reached = append(w.reached, targets(node)...)
+			w.onSent()
 		}
 	case "receipt", "ack":
 		if id != "" && id == w.settling {
@@ -76,11 +78,11 @@ func targets(message *waBinary.Node) (list []types.JID) {
 	return list
 }
 
-// watch starts to note for which devices the message id is encrypted.
-func (w *wire) watch(id string) {
+// watch starts to note for which devices the message id is encrypted. onSent must not block.
+func (w *wire) watch(id string, onSent func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.watchedID, w.reached = id, nil
+	w.watchedID, w.onSent, w.reached = id, onSent, nil
 }
 
 // reachedAny reports whether the watched message held a ciphertext for a device that is wanted.
