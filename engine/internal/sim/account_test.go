@@ -26,6 +26,7 @@ func TestUnlinkWhileConnected(t *testing.T) {
 	if d := w.devices(ana); len(d) != 0 {
 		t.Fatalf("devices: %v", d)
 	}
+	until(t, "connection closed", func() bool { return w.connections() == 0 })
 	if status := w.call("POST", "/phones/"+ana+"/devices/1/unlink", map[string]any{}, nil); status != http.StatusNotFound {
 		t.Fatalf("second unlink: status %d", status)
 	}
@@ -227,6 +228,7 @@ func TestLowKeys(t *testing.T) {
 	ours, theirs := w.link(t, ana), w.link(t, bob)
 	target := *ours.Store.ID
 	count := func() int {
+		//lint:ignore SA1019 there is no other way to ask, and the version is pinned
 		n, err := ours.DangerousInternals().GetServerPreKeyCount(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -235,6 +237,7 @@ func TestLowKeys(t *testing.T) {
 	}
 	before := count()
 	asked := slices.Repeat([]types.JID{target}, before-4)
+	//lint:ignore SA1019 there is no other way to ask, and the version is pinned
 	if _, err := theirs.DangerousInternals().FetchPreKeys(t.Context(), asked); err != nil {
 		t.Fatal(err)
 	}

@@ -2,14 +2,17 @@ package sim_test
 
 import (
 	"context"
+	"crypto/tls"
 	"database/sql"
 	"fmt"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -235,23 +238,27 @@ func TestSlowReaderIsCut(t *testing.T) {
 	w := newWorldWith(t, sim.Config{WriteTimeout: 300 * time.Millisecond})
 	w.phone(ana)
 	w.phone(bob)
-	gate := &gate{}
+	gate := newGate()
 	transport := w.dial.Transport.(*http.Transport).Clone()
 	dial := transport.DialTLSContext
 	transport.DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := dial(ctx, network, address)
-		return &gatedConn{conn, gate}, err
+		if err != nil {
+			return nil, err
+		}
+		// A small receive buffer: the server's writes block the sooner.
+		return &gatedConn{conn, gate}, conn.(*tls.Conn).NetConn().(*net.TCPConn).SetReadBuffer(64 << 10)
 	}
 	w.dial = &http.Client{Transport: transport}
 	c := w.link(t, ana)
-	gate.mu.Lock()
-	const count, size = 12, 1 << 20
+	gate.shut()
+	const count, size = 12, 512 << 10
 	w.send(bob, ana, strings.Repeat("x", size), count)
 	until(t, "the cut", func() bool { return !w.devices(ana)[0].Connected })
 	if got := w.pending(ana); got != count {
 		t.Fatalf("%d pending", got)
 	}
-	gate.mu.Unlock()
+	gate.open()
 	again := c.again().connect()
 	for range count {
 		again.message()
@@ -259,8 +266,22 @@ func TestSlowReaderIsCut(t *testing.T) {
 	until(t, "nothing pending", func() bool { return w.pending(ana) == 0 })
 }
 
-// gate is closed while its lock is held.
-type gate struct{ mu sync.Mutex }
+// gate holds readers back while it is shut.
+type gate struct{ passage atomic.Pointer[chan struct{}] }
+
+func newGate() *gate {
+	g := &gate{}
+	g.shut()
+	g.open()
+	return g
+}
+
+func (g *gate) shut() {
+	passage := make(chan struct{})
+	g.passage.Store(&passage)
+}
+
+func (g *gate) open() { close(*g.passage.Load()) }
 
 type gatedConn struct {
 	net.Conn
@@ -268,8 +289,7 @@ type gatedConn struct {
 }
 
 func (g *gatedConn) Read(p []byte) (int, error) {
-	g.gate.mu.Lock()
-	g.gate.mu.Unlock() //nolint:staticcheck // passing through is the point
+	<-*g.gate.passage.Load()
 	return g.Conn.Read(p)
 }
 
@@ -282,9 +302,9 @@ func TestManyAccounts(t *testing.T) {
 		w.phone(number(i))
 	}
 	clients := make([]*client, accounts)
-	each(accounts, func(i int) { clients[i] = w.link(t, number(i)) })
+	each(t, accounts, 16, func(i int) { clients[i] = w.link(t, number(i)) })
 
-	each(2*accounts, func(job int) {
+	each(t, 2*accounts, 2*accounts, func(job int) {
 		i := job / 2
 		if job%2 == 0 {
 			w.send(number(i+1), number(i), "in", messages)
@@ -310,25 +330,35 @@ func TestManyAccounts(t *testing.T) {
 		}
 	}
 	for i := range accounts {
-		r := w.received(number(i+1), "?from="+number(i))
-		if len(r.Shown) != messages || r.Undecryptable != 0 || r.Stanzas != messages {
-			t.Errorf("%s: %d shown, %d stanzas, %d undecryptable", number(i+1), len(r.Shown), r.Stanzas, r.Undecryptable)
+		// Both sides start a session with each other at the same moment. libsignal breaks one now and then (see vault.go,
+		// decryptIn; the clients have no remedy), and retry receipts mend it: then there is a stanza more.
+		shown := func() bool { return len(w.received(number(i+1), "?from="+number(i)).Shown) == messages }
+		until(t, number(i+1)+" has all", shown)
+		if r := w.received(number(i+1), "?from="+number(i)); r.Stanzas != messages+r.Undecryptable {
+			t.Errorf("%s: %d stanzas, %d undecryptable", number(i+1), r.Stanzas, r.Undecryptable)
 		}
-		for _, m := range w.sent(number(i)) {
-			if len(m.DeliveredTo) != 2 {
-				t.Errorf("%s: delivered to %v", number(i), m.DeliveredTo)
-			}
-		}
+		until(t, "receipts of both devices", func() bool {
+			return !slices.ContainsFunc(w.sent(number(i)), func(m sentMessage) bool { return len(m.DeliveredTo) != 2 })
+		})
 	}
 }
 
-// each runs n jobs side by side.
-func each(n int, job func(int)) {
+// each runs n jobs, so many at a time, and stops the test if one has failed.
+func each(t testing.TB, n, parallel int, job func(int)) {
+	t.Helper()
+	slots := make(chan struct{}, parallel)
 	var group sync.WaitGroup
 	for i := range n {
-		group.Go(func() { job(i) })
+		slots <- struct{}{}
+		group.Go(func() {
+			defer func() { <-slots }()
+			job(i)
+		})
 	}
 	group.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
 }
 
 // exec changes the client's database behind its back.

@@ -198,6 +198,13 @@ func (w *world) devices(number string) []device {
 	return nil
 }
 
+func (w *world) connections() int {
+	w.Helper()
+	var stats struct{ Connections int }
+	w.must("GET", "/stats", nil, &stats)
+	return stats.Connections
+}
+
 // until waits for a condition.
 func until(t testing.TB, what string, condition func() bool) {
 	t.Helper()

@@ -24,10 +24,12 @@ const (
 	goodbyeGrace = 150 * time.Millisecond
 )
 
-// reply is a stanza that nobody needs to settle: an answer, an ack, a goodbye (last).
+// reply is a stanza that nobody needs to settle: an answer, an ack, or a goodbye, after which nothing follows.
 type reply struct {
 	node Node
 	last bool
+	// afterGrace holds a goodbye back for a client that is about to hang up by itself.
+	afterGrace bool
 }
 
 // attachment is the device a client has logged in as, and what it missed.
@@ -135,6 +137,13 @@ func (c *client) goodbye(node Node) {
 	c.enqueue(reply{node: node, last: true})
 }
 
+// goodbyeAfterLogout is goodbye for a client that asked to be unlinked. whatsmeow hangs up when it has the answer; a
+// stream error right behind the answer would make it delete its store twice at the same time.
+func (c *client) goodbyeAfterLogout(node Node) {
+	c.closing.Store(true)
+	c.enqueue(reply{node: node, last: true, afterGrace: true})
+}
+
 func (c *client) enqueue(r reply) {
 	select {
 	case c.replies <- r:
@@ -216,19 +225,27 @@ func (c *client) sendPending(ctx context.Context, node Node) bool {
 
 // sendReply returns false when nothing may follow.
 func (c *client) sendReply(ctx context.Context, r reply) bool {
+	if r.afterGrace && !c.grace(ctx) {
+		return false
+	}
 	if !c.send(ctx, r.node) {
 		return false
 	}
-	if !r.last {
-		return true
+	if r.last && c.grace(ctx) {
+		c.link.Close()
 	}
+	return !r.last
+}
+
+// grace waits for the client to hang up; true if it did not.
+func (c *client) grace(ctx context.Context) bool {
 	timer := time.NewTimer(goodbyeGrace)
 	defer timer.Stop()
 	select {
 	case <-c.gone:
 	case <-ctx.Done():
 	case <-timer.C:
-		c.link.Close()
+		return true
 	}
 	return false
 }

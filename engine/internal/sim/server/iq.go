@@ -85,9 +85,20 @@ func (c *client) dispatchIQ(iq *Node) (content []Node, failure *iqError, after f
 	}
 	content, failure = handler(c, device, iq, &child)
 	if namespace == "md" && failure == nil {
-		return content, nil, func() { c.srv.Unlink(device.Account.Device(AttrJID(&child, "jid").Device)) }
+		after = func() { c.srv.logout(device, AttrJID(&child, "jid").Device) }
 	}
-	return content, failure, nil
+	return content, failure, after
+}
+
+// logout removes the device that asks for it, or another of its account.
+func (s *Server) logout(asker *Device, id uint16) {
+	goodbye := (*client).goodbye
+	if id == asker.ID {
+		goodbye = (*client).goodbyeAfterLogout
+	}
+	if target := asker.Account.Device(id); target != nil {
+		s.unlink(target, goodbye)
+	}
 }
 
 func countKeys(_ *client, device *Device, _, _ *Node) ([]Node, *iqError) {

@@ -146,26 +146,30 @@ func (s *Server) TakeBundle(d *Device) Bundle {
 // UploadKeys adds to a device's one-time keys.
 func (s *Server) UploadKeys(d *Device, keys []OneTimeKey) { d.keys.upload(keys) }
 
-// Unlink removes a linked device: its connection ends with device_removed, or its next login fails with 401.
-func (s *Server) Unlink(d *Device) bool {
+// Unlink removes a linked device: its connection ends with device_removed, or its next login fails with 401. False if
+// it is not linked.
+func (s *Server) Unlink(d *Device) bool { return s.unlink(d, (*client).goodbye) }
+
+func (s *Server) unlink(d *Device, goodbye func(*client, Node)) bool {
 	change, ok := d.Account.remove(d)
 	if !ok {
 		return false
 	}
 	if client := d.markRemoved(); client != nil {
-		client.goodbye(streamError("401", Node{Tag: "conflict", Attrs: Attrs{"type": "device_removed"}}))
+		goodbye(client, streamError("401", Node{Tag: "conflict", Attrs: Attrs{"type": "device_removed"}}))
 	}
 	s.announce(change)
 	return true
 }
 
-// Drop cuts a linked device's connection without a goodbye; false if it has none.
+// Drop cuts a linked device's connection without a goodbye; false if it has none. The device is offline on return.
 func (s *Server) Drop(d *Device) bool {
 	client := d.connection()
 	if client == nil {
 		return false
 	}
 	client.link.Abort()
+	d.detach(client)
 	return true
 }
 
