@@ -21,7 +21,7 @@ const (
 func jidOf(number string) string { return number + "@s.whatsapp.net" }
 
 // pairedEngine is an engine with one session "acme", online in generation 2 on the phone own; other is a second phone.
-func pairedEngine(t *testing.T) (*simulator, *daemon, string) {
+func pairedEngine(t testing.TB) (*simulator, *daemon, string) {
 	t.Helper()
 	sim := startSimulator(t)
 	sim.phone(t, own)

@@ -133,7 +133,7 @@ func TestWriterKeepsOrderAndBoundsEvents(t *testing.T) {
 	big := strings.Repeat("x", MaxFrame-1000)
 	sent := 0
 	for ; sent < 100; sent++ {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 		err := w.Event(ctx, Event{Event: "message", ID: int64(sent + 1), Data: big})
 		cancel()
 		if err != nil {

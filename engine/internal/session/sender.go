@@ -81,9 +81,11 @@ func (s *Session) Send(request *frames.Request, reply func(any, *frames.Error)) 
 	}
 	timeout := s.sendTimeout(request)
 	job := &sendJob{request: request, to: to, deadline: time.Now().Add(timeout), reply: reply}
-	job.timer = time.AfterFunc(timeout, func() {
+	// Started only once the job knows its timer: it may fire at once.
+	job.timer = time.AfterFunc(time.Hour, func() {
 		job.answer(nil, frames.Errorf(frames.CodeTimeout, "WhatsApp did not answer within %s", timeout))
 	})
+	job.timer.Reset(timeout)
 	if err := s.sends.enqueue(job); err != nil {
 		job.answer(nil, err)
 	}

@@ -311,6 +311,7 @@ func (s *Session) teardown(end *ending) {
 func (s *Session) barrier() {
 	ctx, cancel := context.WithTimeout(s.ctx, barrierBound)
 	defer cancel()
+	//lint:ignore SA1019 whatsmeow has no public ping
 	s.cli.DangerousInternals().SendKeepAlive(ctx)
 }
 

@@ -240,6 +240,7 @@ func feed(t *testing.T, s *Session, stanza waBinary.Node) {
 		t.Fatal(err)
 	}
 	queue := make(chan *waBinary.Node, 1)
+	//lint:ignore SA1019 the only way to hand the client a stanza
 	internals := s.cli.DangerousInternals()
 	internals.HandleFrame(s.ctx, payload, queue)
 	go internals.HandlerQueueLoop(s.ctx, s.ctx, queue)
