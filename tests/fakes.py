@@ -93,7 +93,7 @@ class MemoryBus:
     async def publish(
         self, exchange: str, routing_key: str, body: bytes, *, message_id: str, content_type: str, headers: dict[str, str]
     ) -> Published:
-        session = routing_key.split(".")[0]
+        session = routing_key.split(".", maxsplit=1)[0]
         self.in_flight[session] = self.in_flight.get(session, 0) + 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight[session])
         await self.gate.wait()

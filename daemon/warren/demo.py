@@ -237,9 +237,7 @@ class Demo:
             async with asyncio.timeout(STEP_TIMEOUT_S):
                 yield
         except TimeoutError:
-            raise DemoFailed(
-                f"Waited {STEP_TIMEOUT_S:g} s in vain for: {what}.", hint=f"See {self._warrend.log}."
-            ) from None
+            raise DemoFailed(f"Waited {STEP_TIMEOUT_S:g} s in vain for: {what}.", hint=f"See {self._warrend.log}.") from None
 
     async def _broker_url(self) -> str:
         path = self._warrend.state / "rabbitmq" / "url"

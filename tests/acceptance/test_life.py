@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from tests.acceptance.rig import Rig, until
 from tests.conftest import Broker
 

@@ -477,6 +477,18 @@ async def test_removing_hands_over_what_is_left_and_deletes(station: MakeStation
     await (await one.claim("acme")).release()
 
 
+async def test_closing_while_sessions_are_being_claimed(station: MakeStation) -> None:
+    for pause_s in (0.0, 0.02, 0.1):
+        one = await station()
+        claims = [one.keep(f"s{i}") for i in range(60)]
+        await asyncio.sleep(pause_s)
+        await asyncio.gather(*(claim.consume_work() for claim in claims))
+        await asyncio.sleep(pause_s)
+        async with asyncio.timeout(5):
+            await one.bus.close()
+        assert not any(claim.held for claim in claims)
+
+
 async def test_channels_running_out_concerns_only_who_asks(station: MakeStation) -> None:
     one = await station()
     link = one.bus._gate.current

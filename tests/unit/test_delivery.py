@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 import pytest
-
 from tests.fakes import MemoryBus, MemoryStore
+
 from warren.core.names import Topology
 from warren.ports import Desired, JournalRow, Published, SessionRecord
 from warren.services import delivery as module

@@ -43,7 +43,7 @@ class NoArgs(_Strict):
 class CreateArgs(_Strict):
     """`create`: start a session, and pair it if it has no phone yet."""
 
-    device_name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    device_name: Annotated[str, StringConstraints(min_length=1, max_length=50)] | None = None
     """What the phone shows under "Linked devices". Taken when pairing; default: `[whatsapp] device_name`."""
 
 

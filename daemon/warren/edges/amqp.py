@@ -17,7 +17,7 @@ from loguru import logger
 
 from warren.core.backoff import delay
 from warren.edges.amqp_claim import AmqpClaim, Gate, Intake, KeptChannel
-from warren.edges.amqp_link import BusOptions, Link, LinkLost, Repeats, bounded, describe, is_cancelled, jitter
+from warren.edges.amqp_link import BusOptions, Link, LinkLost, Repeats, bounded, describe, end, jitter, raise_if_cancelled
 from warren.edges.amqp_publish import Publisher, Replier
 from warren.edges.amqp_topology import declare
 from warren.errors import BrokerUnavailable, OwnershipError
@@ -94,12 +94,14 @@ class AmqpBus:
             claim.hush()
         await asyncio.gather(self._publisher.drain(step_s), self._replier.stop(step_s))
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.wait({self._supervisor}, timeout=step_s)
-        stops = [claim.abandon() for claim in self._claims.values()]
-        await asyncio.gather(self._common.stop(quiet=True), *stops)
+            await end(self._supervisor)
+        stops = [asyncio.ensure_future(claim.abandon()) for claim in self._claims.values()]
+        stops.append(asyncio.ensure_future(self._common.stop(quiet=True)))
         self._claims.clear()
+        # What does not stop by itself does when its connection is gone.
+        await asyncio.wait(stops, timeout=step_s)
         await self._disconnect(step_s)
+        await asyncio.gather(*stops)
         await self._publisher.stop()
         self._log.info("The connection to RabbitMQ at {} is closed.", self._endpoint)
 
@@ -111,8 +113,7 @@ class AmqpBus:
             try:
                 error = await self._serve()
             except (Exception, asyncio.CancelledError) as caught:
-                if isinstance(caught, asyncio.CancelledError) and is_cancelled():
-                    raise
+                raise_if_cancelled(caught)
                 error = caught
             self._connected.clear()
             self._gate.shut()

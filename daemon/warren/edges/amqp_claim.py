@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Final, Protocol
 
 import aiormq.exceptions
@@ -14,7 +15,18 @@ from aiormq.abc import DeliveredMessage
 from loguru import logger
 
 from warren.core.backoff import delay
-from warren.edges.amqp_link import BusOptions, Link, LinkLost, Repeats, bounded, describe, is_cancelled, jitter
+from warren.edges.amqp_link import (
+    BusOptions,
+    Link,
+    LinkLost,
+    Repeats,
+    bounded,
+    describe,
+    end,
+    is_cancelled,
+    jitter,
+    raise_if_cancelled,
+)
 from warren.edges.amqp_topology import DELIVERY_LIMIT
 from warren.errors import BrokerUnavailable, OwnershipError
 from warren.ports import OnMessage
@@ -191,16 +203,18 @@ class KeptChannel:
 
     def lose(self, why: BaseException | None) -> None:
         """Give up the channel as it is; another one is set up."""
-        if not self._lost.is_set():
+        self._lose(self._lost, why)
+
+    def _lose(self, lost: asyncio.Event, why: BaseException | None) -> None:
+        if lost is self._lost and not lost.is_set():
             self._why = why
-            self._lost.set()
+            lost.set()
 
     async def stop(self, *, quiet: bool = False) -> None:
         """Close the channel for good. `quiet`: without a word to RabbitMQ, because the connection is closed next."""
         self._quiet = quiet
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await end(self._task)
         if not self.first.done():
             self.first.cancel()
 
@@ -214,8 +228,7 @@ class KeptChannel:
             try:
                 error = await self._hold(link)
             except (Exception, asyncio.CancelledError) as caught:
-                if isinstance(caught, asyncio.CancelledError) and is_cancelled():
-                    raise
+                raise_if_cancelled(caught)
                 error = caught
             self._finish_first(error)
             if link.closed.is_set():
@@ -245,17 +258,18 @@ class KeptChannel:
 
     async def _hold(self, link: Link) -> BaseException | None:
         """Open and set up, then wait until the channel is lost. Returns why it was."""
-        self._lost.clear()
+        self._lost = asyncio.Event()
         self._why = None
+        lose = partial(self._lose, self._lost)  # a callback of an earlier channel may come late
         channel: AbstractChannel | None = None
         try:
             async with self._gate.turns:
                 channel = await link.channel()
                 raw = await channel.get_underlay_channel()
-                channel.close_callbacks.add(lambda _, why: self.lose(why))
+                channel.close_callbacks.add(lambda _, why: lose(why))
                 # aio-pika's plain channel is silent when RabbitMQ ends a consumer (its queue was deleted).
-                raw.on_consumer_cancel_callbacks.add(lambda frame: self.lose(LinkLost("RabbitMQ ended a consumer.")))
-                intake = Intake(raw, self.lose, self._options.request_timeout_s)
+                raw.on_consumer_cancel_callbacks.add(lambda frame: lose(LinkLost("RabbitMQ ended a consumer.")))
+                intake = Intake(raw, lose, self._options.request_timeout_s)
                 await bounded(self._set_up(link, channel, intake), self._options.request_timeout_s * 2)
             self.up.set()
             self._finish_first(None)
@@ -447,9 +461,8 @@ class AmqpClaim:
 
     def hush(self) -> None:
         """Ask RabbitMQ to send nothing more, without waiting for its answer (the connection is closed soon)."""
-        if (intake := self._intake) is not None:
-            if self._control_tag is not None:
-                _forget(asyncio.ensure_future(intake.channel.basic_cancel(self._control_tag, nowait=True)))
+        if (intake := self._intake) is not None and self._control_tag is not None:
+            _forget(asyncio.ensure_future(intake.channel.basic_cancel(self._control_tag, nowait=True)))
 
     # --- letting go ---------------------------------------------------------------------------------------------------
 
@@ -466,8 +479,7 @@ class AmqpClaim:
                 try:
                     await self._remove()
                 except (Exception, asyncio.CancelledError) as error:
-                    if isinstance(error, asyncio.CancelledError) and is_cancelled():
-                        raise
+                    raise_if_cancelled(error)
                     raise describe(error, self._options) from error
             await self._give_up()
             self._log.bind(action="claim.released").info("Session {} is released.", self.session)
@@ -496,8 +508,7 @@ class AmqpClaim:
             await channel.queue_delete(self._owner, timeout=self._options.request_timeout_s)
             await _discard(channel)
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_cancelled():
-                raise
+            raise_if_cancelled(error)
             self._log.bind(action="claim.release_failed").warning(
                 "The lock of session {} stays until the connection ends: {!r}", self.session, error
             )

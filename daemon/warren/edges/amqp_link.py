@@ -32,6 +32,8 @@ REPEAT_S: Final = 60.0
 """A trouble that stays the same is logged again after this time."""
 PEEK_S: Final = 0.05
 ABORT_S: Final = 0.5
+AGAIN_S: Final = 0.5
+END_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,23 @@ def is_cancelled() -> bool:
     """Whether somebody cancels the running task. aiormq ends waiters of a dead connection with a bare CancelledError."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+def raise_if_cancelled(caught: BaseException) -> None:
+    """In a handler that goes on after any error: but not if somebody cancels the running task.
+
+    Whatever was caught: a cancellation that meets a closing channel comes out of aiormq as some other error.
+    """
+    if is_cancelled():
+        raise asyncio.CancelledError from caught
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel `task` until it has ended, and again if aiormq swallowed it; at most `END_S`."""
+    give_up = time.monotonic() + END_S
+    while not task.done() and time.monotonic() < give_up:
+        task.cancel()
+        await asyncio.wait({task}, timeout=AGAIN_S)
 
 
 async def bounded(awaitable: Awaitable[T], timeout_s: float) -> T:

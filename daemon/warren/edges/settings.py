@@ -166,7 +166,7 @@ class EngineSettings(_Section):
 class FleetSettings(_Section):
     """How many sessions, and how they come up."""
 
-    max_sessions: PositiveInt = 1_000
+    max_sessions: Annotated[int, Field(ge=1, le=1_000)] = 1_000
     connects_at_once: PositiveInt = 16
     takeover: Annotated[Literal["off"], BeforeValidator(_lower)] = "off"
 

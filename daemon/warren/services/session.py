@@ -492,8 +492,7 @@ class Session:
     # --- the engine
 
     def _open_beside(self) -> None:
-        if self._beside is not None:
-            self._beside.cancel()
+        # What runs there still is a close, or an open that has just heard its end: it is awaited, not cut.
         self._generation += 1
         self._heard = asyncio.Event()
         self._beside = asyncio.create_task(self._open(self._generation, self._beside), name=f"open.{self.id}")
