@@ -325,6 +325,7 @@ class AmqpClaim:
         self._working: KeptChannel | None = None
         """A channel of its own for the work queue, there while its messages are wanted. Closing it returns what is unsettled
         all at once, in order; a cancelled consumer would not (RabbitMQ gives back what crosses the cancel before the rest)."""
+        self._work_consumer: tuple[Intake | None, str | None] = (None, None)
         self._lock_link: Link | None = None
         self._locked_out_since: float | None = None
         self._told_lost = False
@@ -444,7 +445,8 @@ class AmqpClaim:
     async def _set_up_work(self, link: Link, channel: AbstractChannel, intake: Intake) -> None:
         if not self._kept.up.is_set():
             raise LinkLost(f"Session {self.session} is not claimed yet.")
-        await intake.consume(self._work, self._on_work, prefetch=self._options.work_prefetch)
+        tag = await intake.consume(self._work, self._on_work, prefetch=self._options.work_prefetch)
+        self._work_consumer = (intake, tag)
 
     def _work_failed(self, error: BaseException) -> None:
         if not self._kept.up.is_set():
@@ -461,8 +463,12 @@ class AmqpClaim:
 
     def hush(self) -> None:
         """Ask RabbitMQ to send nothing more, without waiting for its answer (the connection is closed soon)."""
-        if (intake := self._intake) is not None and self._control_tag is not None:
-            _forget(asyncio.ensure_future(intake.channel.basic_cancel(self._control_tag, nowait=True)))
+        consumers = [(self._intake, self._control_tag)]
+        if self._working is not None:
+            consumers.append(self._work_consumer)
+        for intake, tag in consumers:
+            if intake is not None and tag is not None:
+                _forget(asyncio.ensure_future(intake.channel.basic_cancel(tag, nowait=True)))
 
     # --- letting go ---------------------------------------------------------------------------------------------------
 
