@@ -24,6 +24,7 @@ from tests.proxy import Proxy
 from warren.core.names import Topology
 from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.amqp_claim import AmqpClaim
+from warren.edges.amqp_publish import PATIENCE, _Pending
 from warren.errors import BrokerUnavailable, ConfigError, OwnershipError
 from warren.ports import Incoming, Published
 
@@ -291,6 +292,30 @@ async def test_an_alarm_blocks_publishing_but_not_consuming(
 
 async def _is_confirmed(one: Station, names: Topology, message_id: str) -> bool:
     return await one.publish(names.out, "acme.message", message_id) is Published.CONFIRMED
+
+
+async def test_a_live_connection_that_confirms_nothing_gets_more_patience(station: MakeStation, names: Topology) -> None:
+    one = await station(watchdog_s=0.3)
+    publisher = one.bus._publisher
+    assert publisher._lane is not None
+    began = asyncio.get_running_loop().time()
+    # As if a subscriber's queue had no leader: RabbitMQ cannot be brought to that on one node.
+    stuck = _Pending(publisher._lane, names.out, "acme.message", b"{}", began)
+    stuck.task = asyncio.create_task(_never(), name="bus.stuck")
+    publisher._pending["stuck"] = stuck
+    await until(lambda: publisher._unconfirmed._last != "")
+    assert await one.publish(names.out, "acme.message", "other") is Published.CONFIRMED
+    assert one.bus.connected.is_set()
+    await until(lambda: not one.bus.connected.is_set())
+    assert asyncio.get_running_loop().time() - began > 0.3 * PATIENCE
+    await until(stuck.task.done)
+    del publisher._pending["stuck"]
+    await one.connected()
+
+
+async def _never() -> Published:
+    await asyncio.Event().wait()
+    return Published.UNKNOWN
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class Link:
                 return number
         raise BrokerUnavailable(
             f"All {limit} channels of the connection to RabbitMQ are in use.",
-            hint="Each session needs one: raise channel_max in rabbitmq.conf, or run the sessions in several daemons.",
+            hint="Each session needs up to two: raise channel_max in rabbitmq.conf, or run the sessions in several daemons.",
         )
 
     async def blocked(self) -> bool:
