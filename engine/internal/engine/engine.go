@@ -76,6 +76,10 @@ func Run(options Options) int {
 	e.out = frames.NewWriter(options.Pipe, func(err error) {
 		options.Log.Warn("the daemon cannot be written to", logs.KeyError, err)
 		e.cancel()
+		if errors.Is(err, frames.ErrOverflow) {
+			e.leave(ExitProtocol)
+			return
+		}
 		e.leave(ExitOK)
 	})
 	var events atomic.Int64

@@ -170,7 +170,10 @@ func TestWriterReportsADaemonThatNeverReads(t *testing.T) {
 		w.Respond(Response{Re: 1, OK: true, Result: text})
 	}
 	select {
-	case <-failed:
+	case err := <-failed:
+		if !errors.Is(err, ErrOverflow) {
+			t.Errorf("got %v", err)
+		}
 	case <-time.After(5 * time.Second):
 		t.Fatal("no failure reported")
 	}

@@ -20,8 +20,12 @@ const (
 	responseBudget = 32 << 20
 )
 
-// ErrWriterClosed is returned after Close, or when the daemon no longer reads.
-var ErrWriterClosed = errors.New("frame writer is closed")
+var (
+	// ErrWriterClosed is returned after Close, or when the daemon no longer reads.
+	ErrWriterClosed = errors.New("frame writer is closed")
+	// ErrOverflow means that the daemon keeps asking and does not read what it is answered.
+	ErrOverflow = errors.New("the daemon does not read its responses")
+)
 
 type queuedFrame struct {
 	bytes []byte
@@ -99,7 +103,7 @@ func (w *Writer) push(frame queuedFrame) bool {
 		w.responses += len(frame.bytes)
 		if w.responses > responseBudget {
 			w.closed = true
-			go w.onFail(errors.New("the daemon does not read its responses"))
+			go w.onFail(ErrOverflow)
 			return false
 		}
 	}
