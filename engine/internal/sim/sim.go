@@ -85,7 +85,7 @@ func Start(cfg Config) (*Simulator, error) {
 	s.wa = newHTTP(srv, httpLog)
 	s.wa.TLSConfig, s.wa.ConnContext = tlsConfig, server.ConnContext
 	s.control = newHTTP(s.API, httpLog)
-	go s.serve(cfg.Log, func() error { return s.wa.ServeTLS(waListener, "", "") })
+	go s.serve(cfg.Log, func() error { return s.wa.ServeTLS(faultyListener{waListener, srv}, "", "") })
 	go s.serve(cfg.Log, func() error { return s.control.Serve(controlListener) })
 	return s, nil
 }
@@ -97,6 +97,22 @@ func newHTTP(handler http.Handler, errorLog *log.Logger) *http.Server {
 func (s *Simulator) serve(log *slog.Logger, run func() error) {
 	if err := run(); !errors.Is(err, http.ErrServerClosed) {
 		log.Error("listener failed", "action", "listener_failed", "error", err)
+	}
+}
+
+// faultyListener closes what it accepted when a fault says so.
+type faultyListener struct {
+	net.Listener
+	srv *server.Server
+}
+
+func (l faultyListener) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil || !l.srv.RefusesTCP() {
+			return conn, err
+		}
+		_ = conn.Close() // nothing was said on it
 	}
 }
 

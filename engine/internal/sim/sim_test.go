@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -38,6 +39,9 @@ var rootKey = keys.NewKeyPair()
 
 func TestMain(m *testing.M) {
 	whatsmeow.WACertPubKey = *rootKey.Pub
+	if root, err := hex.DecodeString(os.Getenv(victimRoot)); err == nil && len(root) == 32 {
+		whatsmeow.WACertPubKey = [32]byte(root)
+	}
 	os.Exit(m.Run())
 }
 
@@ -65,16 +69,21 @@ func newWorldWith(t testing.TB, config sim.Config) *world {
 			t.Error(err)
 		}
 	})
+	return &world{TB: t, sim: s, dial: dialer(t, s.Endpoint(), s.CAPEM())}
+}
+
+// dialer connects every request to a simulator.
+func dialer(t testing.TB, endpoint string, caPEM []byte) *http.Client {
+	t.Helper()
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(s.CAPEM()) {
+	if !pool.AppendCertsFromPEM(caPEM) {
 		t.Fatal("the CA is no certificate")
 	}
-	address := strings.TrimPrefix(s.Endpoint(), "wss://")
-	transport := &http.Transport{DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	address := strings.TrimPrefix(endpoint, "wss://")
+	return &http.Client{Transport: &http.Transport{DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		d := tls.Dialer{Config: &tls.Config{RootCAs: pool, ServerName: "127.0.0.1"}}
 		return d.DialContext(ctx, "tcp", address)
-	}}
-	return &world{TB: t, sim: s, dial: &http.Client{Transport: transport}}
+	}}}
 }
 
 // call makes a control request and returns its status.

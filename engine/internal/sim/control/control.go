@@ -70,6 +70,15 @@ func New(srv *server.Server, log *slog.Logger) *API {
 	a.handle("GET /phones/{number}/pending", a.pending)
 	a.handle("POST /phones/{number}/devices/{device}/drop", a.drop)
 	a.handle("POST /phones/{number}/devices/{device}/unlink", a.unlink)
+	for _, scope := range []string{"POST /phones/{number}/", "POST /phones/{number}/devices/{device}/"} {
+		a.handle(scope+"stream-error", a.streamError)
+		a.handle(scope+"failure", a.failure)
+		a.handle(scope+"malformed", a.malformed)
+	}
+	a.handle("POST /faults", a.addFault)
+	a.handle("GET /faults", a.listFaults)
+	a.handle("DELETE /faults", a.liftFaults)
+	a.handle("DELETE /faults/{fault}", a.liftFault)
 	a.handle("GET /stats", a.stats)
 	return a
 }

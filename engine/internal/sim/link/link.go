@@ -102,6 +102,11 @@ func (c *Conn) WriteNode(ctx context.Context, node waBinary.Node) (err error) {
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", node.Tag, err)
 	}
+	return c.WritePlain(ctx, data)
+}
+
+// WritePlain sends any bytes as a frame: with them a client can be given what is no stanza.
+func (c *Conn) WritePlain(ctx context.Context, data []byte) error {
 	return c.writeFrame(ctx, c.result.Send.Seal(data))
 }
 

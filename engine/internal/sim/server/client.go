@@ -27,6 +27,10 @@ const (
 // reply is a stanza that nobody needs to settle: an answer, an ack, or a goodbye, after which nothing follows.
 type reply struct {
 	node Node
+	// raw, if set, goes out instead of the node.
+	raw []byte
+	// due is when it may go out, if it is held up; what is queued behind it waits too, as on a slow line.
+	due  time.Time
 	last bool
 	// afterGrace holds a goodbye back for a client that is about to hang up by itself.
 	afterGrace bool
@@ -51,6 +55,8 @@ type client struct {
 	gone    chan struct{}
 	closing atomic.Bool
 
+	// who is the device that the client has said it is; attached once it is let in.
+	who      atomic.Pointer[Device]
 	attached atomic.Pointer[attachment]
 	pairing  *pairing
 	claim    atomic.Pointer[claim]
@@ -90,7 +96,10 @@ func (c *client) read(ctx context.Context) {
 			c.log.Error("client handler panicked", "action", "client_panic", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 		}
 	}()
-	c.start()
+	if err := c.start(); err != nil {
+		c.log.Debug("client closed", "action", "client_closed", "error", err)
+		return
+	}
 	for {
 		node, err := c.link.ReadNode(ctx)
 		if err != nil {
@@ -98,7 +107,7 @@ func (c *client) read(ctx context.Context) {
 			return
 		}
 		c.srv.stanzasIn.Add(1)
-		if !c.closing.Load() {
+		if !c.closing.Load() && c.frozen() == nil {
 			c.handle(node)
 		}
 	}
@@ -145,6 +154,7 @@ func (c *client) goodbyeAfterLogout(node Node) {
 }
 
 func (c *client) enqueue(r reply) {
+	r.due = c.due()
 	select {
 	case c.replies <- r:
 	default:
@@ -228,7 +238,7 @@ func (c *client) sendReply(ctx context.Context, r reply) bool {
 	if r.afterGrace && !c.grace(ctx) {
 		return false
 	}
-	if !c.send(ctx, r.node) {
+	if !c.waitUntil(ctx, r.due) || !c.transmit(ctx, r) {
 		return false
 	}
 	if r.last && c.grace(ctx) {
@@ -250,9 +260,36 @@ func (c *client) grace(ctx context.Context) bool {
 	return false
 }
 
-func (c *client) send(ctx context.Context, node Node) bool {
-	if err := c.link.WriteNode(ctx, node); err != nil {
-		c.log.Debug("write failed", "action", "write_failed", "tag", node.Tag, "error", err)
+// waitUntil waits for the moment, if it is in the future.
+func (c *client) waitUntil(ctx context.Context, moment time.Time) bool {
+	wait := time.Until(moment)
+	if moment.IsZero() || wait <= 0 {
+		return true
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func (c *client) send(ctx context.Context, node Node) bool { return c.transmit(ctx, reply{node: node}) }
+
+func (c *client) transmit(ctx context.Context, r reply) bool {
+	if !c.thaw(ctx) {
+		return false
+	}
+	var err error
+	if r.raw != nil {
+		err = c.link.WritePlain(ctx, r.raw)
+	} else {
+		err = c.link.WriteNode(ctx, r.node)
+	}
+	if err != nil {
+		c.log.Debug("write failed", "action", "write_failed", "tag", r.node.Tag, "error", err)
 		return false
 	}
 	c.srv.stanzasOut.Add(1)

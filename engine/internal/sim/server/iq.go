@@ -75,6 +75,9 @@ func (c *client) dispatchIQ(iq *Node) (content []Node, failure *iqError, after f
 	if children := iq.GetChildren(); len(children) > 0 {
 		child = children[0]
 	}
+	if failure := c.queryFault(c.device(), namespace, &child); failure != nil {
+		return nil, failure, nil
+	}
 	handler := iqHandlers[strings.TrimSpace(namespace+" "+child.Tag)]
 	if handler == nil {
 		return nil, nil, nil
@@ -130,10 +133,14 @@ func rotateKey(_ *client, device *Device, _, rotate *Node) ([]Node, *iqError) {
 }
 
 // fetchKeys uses up one one-time key of every device that is asked for.
-func fetchKeys(c *client, _ *Device, _, query *Node) ([]Node, *iqError) {
+func fetchKeys(c *client, device *Device, _, query *Node) ([]Node, *iqError) {
 	var users []Node
+	missing := c.withoutKeys(device)
 	for _, user := range query.GetChildrenByTag("user") {
 		jid := AttrJID(&user, "jid")
+		if missing(c.srv.Account(jid)) {
+			continue
+		}
 		answer := Node{Tag: "user", Attrs: Attrs{"jid": jid}}
 		if target := c.srv.device(jid); target != nil {
 			bundle := c.srv.TakeBundle(target)

@@ -13,15 +13,47 @@ import (
 const (
 	failureLoggedOut  = 401
 	failureBadRequest = 400
+	failureTempBanned = 402
+	// tempBanTooManyMessages is one of the reasons of a temporary ban (whatsmeow types/events, TempBanReason).
+	tempBanTooManyMessages = 101
 )
 
 // start deals with the payload of the handshake: a login, or a client that wants to be paired.
-func (c *client) start() {
+func (c *client) start() error {
 	var payload waWa6.ClientPayload
 	if err := proto.Unmarshal(c.link.Payload(), &payload); err != nil {
 		c.fail(failureBadRequest)
+		return nil
+	}
+	c.identify(&payload)
+	who := c.who.Load()
+	if _, _, closed := c.srv.faults.strike(FaultClose, who, atStage(StageLogin)); closed {
+		return errFaultClose
+	}
+	if c.frozen() != nil {
+		return nil // nobody has heard who this is: the connection never gets further
+	}
+	if f, _, refused := c.srv.faults.strike(FaultLogin, who, nil); refused {
+		c.goodbye(failure(f.Code, f.Expire))
+		return nil
+	}
+	c.admit(&payload)
+	return nil
+}
+
+// identify notes which device the client says it is, if there is such a device: faults are aimed at it.
+func (c *client) identify(payload *waWa6.ClientPayload) {
+	if payload.Username == nil || payload.GetDevice() > maxDeviceID {
 		return
 	}
+	jid := types.NewJID(strconv.FormatUint(payload.GetUsername(), 10), types.DefaultUserServer)
+	jid.Device = uint16(payload.GetDevice())
+	if device := c.srv.device(jid); device != nil {
+		c.who.Store(device)
+	}
+}
+
+func (c *client) admit(payload *waWa6.ClientPayload) {
 	switch {
 	case payload.Username != nil:
 		c.login(strconv.FormatUint(payload.GetUsername(), 10), payload.GetDevice())
@@ -33,7 +65,7 @@ func (c *client) start() {
 }
 
 func (c *client) fail(reason int) {
-	c.goodbye(Node{Tag: "failure", Attrs: Attrs{"reason": reason, "location": "sim"}})
+	c.goodbye(failure(reason, 0))
 }
 
 // login lets in a linked device that holds the Noise key it was paired with.

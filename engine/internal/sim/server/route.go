@@ -20,6 +20,9 @@ type delivery struct {
 func (c *client) handleMessage(from *Device, node *Node) {
 	now := time.Now()
 	deliveries, failure := c.srv.plan(from, node, now)
+	if f, _, refused := c.srv.faults.strike(FaultSend, from, nil); refused {
+		deliveries, failure = nil, f.Code
+	}
 	ack := Node{Tag: "ack", Attrs: Attrs{
 		"class": "message", "id": AttrString(node, "id"), "from": AttrJID(node, "to"), "t": now.Unix(),
 	}}

@@ -47,6 +47,7 @@ type Server struct {
 
 	connections, logins, stanzasIn, stanzasOut atomic.Int64
 	ids                                        atomic.Uint64
+	faults                                     faults
 
 	mu       sync.RWMutex
 	byNumber map[string]*Account
@@ -229,6 +230,10 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	ws, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true})
 	if err != nil {
 		s.log.Debug("websocket refused", "action", "websocket_refused", "error", err)
+		return
+	}
+	if _, _, closed := s.faults.strike(FaultClose, nil, atStage(StageWebsocket)); closed {
+		_ = ws.CloseNow() // the fault is that nothing is said
 		return
 	}
 	conn, err := link.Accept(s.ctx, ws, raw, s.identity, s.writeTimeout)
