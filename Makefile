@@ -58,6 +58,10 @@ demo: setup ## one session's whole life, in front of you
 run: setup ## the daemon, with a private RabbitMQ unless [amqp] url is set; state under ./var
 	@exec $(BIN)/warrend
 
+.PHONY: schemas
+schemas: .venv/.ready ## schemas/ (JSON Schema, AsyncAPI) from the Python models
+	@$(BIN)/python tools/make_schemas.py
+
 .PHONY: lock
 lock: ## newest versions that pyproject.toml allows, pinned with hashes
 	@python="$$(tools/find-python)" && mkdir -p build && "$$python" -m venv build/lock \

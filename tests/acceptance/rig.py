@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import aio_pika
 import orjson
+from tests.contract import faults_of
 
 from warren.client import Client
 from warren.core.envelope import Outcome
@@ -42,12 +43,16 @@ class Subscriber:
         self.deliveries: Counter[str] = Counter()
         self.sequence_faults: list[str] = []
         """Gaps; looked for in every delivery, because what repeats an event id may have a number of its own."""
+        self.contract_faults: list[str] = []
+        """Events that do not fit their schema in `schemas/`, or have a field that is not in it."""
         self._last: dict[tuple[str, int], int] = defaultdict(int)
         self._seen = asyncio.Event()
 
     def take(self, event: dict[str, Any]) -> None:
         if "sequence" in event:
             self._count(event)
+        if event["id"] not in self.deliveries:
+            self.contract_faults += faults_of(event)
         self.deliveries[event["id"]] += 1
         if self.deliveries[event["id"]] == 1:
             self.events.append(event)
@@ -124,6 +129,7 @@ class Rig:
             await self._stack.aclose()
         if error is None:
             assert status == 0, f"warrend ended with {status}; see {self.warrend.log}"
+            assert self.got.contract_faults == []
 
     async def _subscribe(self) -> None:
         """Survives the broker's restarts, as a service does."""

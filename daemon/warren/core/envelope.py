@@ -33,7 +33,7 @@ _JID = re.compile(r"[0-9]{5,20}@(s\.whatsapp\.net|lid)|[0-9-]{5,40}@g\.us")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class NoArgs(_Strict):
@@ -50,7 +50,7 @@ class CreateArgs(_Strict):
 class SendArgs(_Strict):
     """`send`: one text message."""
 
-    to: str
+    to: Annotated[str, Field(json_schema_extra={"pattern": f"^({_PHONE.pattern}|{_JID.pattern})$"})]
     """E.164 with `+`, or a JID (`<digits>@s.whatsapp.net`, `<digits>@lid`, `<id>@g.us`)."""
     text: Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS)]
 
