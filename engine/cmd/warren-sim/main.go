@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"syscall"
 
 	"warren/engine/internal/sim"
@@ -25,6 +26,7 @@ func main() {
 
 type options struct {
 	listen, control, caFile string
+	seed                    *uint64
 	level                   slog.Level
 }
 
@@ -35,6 +37,11 @@ func parse(args []string) (options, error) {
 	flags.StringVar(&o.listen, "listen", "127.0.0.1:0", "address for clients, loopback only")
 	flags.StringVar(&o.control, "control", "127.0.0.1:0", "address of the control API, loopback only")
 	flags.StringVar(&o.caFile, "ca-file", "", "where to write the CA certificate (default: a new temporary directory)")
+	flags.Func("seed", "makes keys and ids repeat themselves at every run with the same number", func(text string) error {
+		seed, err := strconv.ParseUint(text, 10, 64)
+		o.seed = &seed
+		return err
+	})
 	flags.TextVar(&o.level, "log-level", o.level, "debug, info, warn or error")
 	if err := flags.Parse(args); err != nil {
 		return o, err
@@ -57,7 +64,7 @@ func run() error {
 	}
 	log := slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: o.level}))
 	slog.SetDefault(log)
-	simulator, err := sim.Start(sim.Config{Listen: o.listen, Control: o.control, Log: log})
+	simulator, err := sim.Start(sim.Config{Listen: o.listen, Control: o.control, Seed: o.seed, Log: log})
 	if err != nil {
 		return err
 	}

@@ -133,7 +133,7 @@ func TestSignalStops(t *testing.T) {
 
 func TestOnlyLoopback(t *testing.T) {
 	for _, args := range [][]string{
-		{"--listen", "0.0.0.0:0"}, {"--control", ":0"}, {"--listen", "192.0.2.1:0"}, {"--log-level", "loud"}, {"surplus"},
+		{"--listen", "0.0.0.0:0"}, {"--control", ":0"}, {"--listen", "192.0.2.1:0"}, {"--log-level", "loud"}, {"--seed", "x"}, {"surplus"},
 	} {
 		cmd := command(t, args...)
 		cmd.Stderr = nil
@@ -142,5 +142,20 @@ func TestOnlyLoopback(t *testing.T) {
 		if !errors.As(err, &exit) || exit.ExitCode() != 1 || len(out) > 0 {
 			t.Errorf("%v: %v, stdout %q", args, err, out)
 		}
+	}
+}
+
+func TestSeedFixesTheRootKey(t *testing.T) {
+	keys := map[string]bool{}
+	for _, seed := range []string{"7", "7", "8"} {
+		cmd, stdin, r, stdout := start(t, "--seed", seed)
+		keys[r.RootKey] = true
+		if err := stdin.Close(); err != nil {
+			t.Fatal(err)
+		}
+		ends(t, cmd, stdout)
+	}
+	if len(keys) != 2 {
+		t.Fatalf("two seeds gave %d root keys", len(keys))
 	}
 }

@@ -16,6 +16,7 @@ import (
 
 	"warren/engine/internal/sim/control"
 	"warren/engine/internal/sim/noise"
+	"warren/engine/internal/sim/random"
 	"warren/engine/internal/sim/server"
 )
 
@@ -32,7 +33,9 @@ type Config struct {
 	RootKey *keys.KeyPair
 	// WriteTimeout is how long a client may not read before it is cut; 0 means 10 s.
 	WriteTimeout time.Duration
-	Log          *slog.Logger
+	// Seed makes keys and ids repeat themselves; docs/simulator.md says which.
+	Seed *uint64
+	Log  *slog.Logger
 }
 
 // Simulator is a running simulator.
@@ -52,13 +55,18 @@ func Start(cfg Config) (*Simulator, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	if cfg.RootKey == nil {
-		cfg.RootKey = keys.NewKeyPair()
+	var source random.Source
+	if cfg.Seed != nil {
+		source = random.Seeded(*cfg.Seed)
+	}
+	serverKeys := source.Stream("noise")
+	if root := serverKeys.KeyPair(); cfg.RootKey == nil {
+		cfg.RootKey = root
 	}
 	if cfg.WriteTimeout == 0 {
 		cfg.WriteTimeout = writeTimeout
 	}
-	identity, err := noise.NewIdentity(cfg.RootKey, time.Now())
+	identity, err := noise.NewIdentity(cfg.RootKey, serverKeys.KeyPair(), serverKeys.KeyPair(), time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -75,9 +83,9 @@ func Start(cfg Config) (*Simulator, error) {
 		_ = waListener.Close() // nothing was served on it
 		return nil, fmt.Errorf("control: %w", err)
 	}
-	srv := server.New(identity, cfg.WriteTimeout, cfg.Log)
+	srv := server.New(identity, cfg.WriteTimeout, source, cfg.Log)
 	s := &Simulator{
-		API: control.New(srv, cfg.Log), srv: srv, identity: identity, caPEM: caPEM,
+		API: control.New(srv, source, cfg.Log), srv: srv, identity: identity, caPEM: caPEM,
 		waAddr: waListener.Addr(), ctlAddr: controlListener.Addr(),
 	}
 	// http.Server writes TLS handshakes that fail, and the like, to this logger.

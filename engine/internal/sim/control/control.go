@@ -18,6 +18,7 @@ import (
 	"go.mau.fi/whatsmeow/types"
 
 	"warren/engine/internal/sim/phone"
+	"warren/engine/internal/sim/random"
 	"warren/engine/internal/sim/server"
 )
 
@@ -48,9 +49,10 @@ func notFound(code, format string, args ...any) error {
 
 // API is the control API's handler.
 type API struct {
-	srv *server.Server
-	log *slog.Logger
-	mux *http.ServeMux
+	srv    *server.Server
+	random random.Source
+	log    *slog.Logger
+	mux    *http.ServeMux
 
 	mu     sync.RWMutex
 	phones map[string]*phone.Phone
@@ -58,11 +60,12 @@ type API struct {
 }
 
 // New creates the API of a server without phones.
-func New(srv *server.Server, log *slog.Logger) *API {
-	a := &API{srv: srv, log: log, mux: http.NewServeMux(), phones: map[string]*phone.Phone{}}
+func New(srv *server.Server, source random.Source, log *slog.Logger) *API {
+	a := &API{srv: srv, random: source, log: log, mux: http.NewServeMux(), phones: map[string]*phone.Phone{}}
 	a.handle("POST /phones", a.addPhone)
 	a.handle("GET /phones", a.listPhones)
 	a.handle("POST /phones/{number}/scan", a.scan)
+	a.handle("POST /phones/{number}/pair-code", a.pairCode)
 	a.handle("POST /phones/{number}/send", a.send)
 	a.handle("POST /phones/{number}/read", a.read)
 	a.handle("GET /phones/{number}/received", a.received)
@@ -184,7 +187,7 @@ func (a *API) AddPhone(number, name string) (*phone.Phone, error) {
 	if !numberPattern.MatchString(number) || types.NewJID(number, types.DefaultUserServer).IsBot() {
 		return nil, badRequest("number: 5 to 15 digits, not beginning with 0, and no bot's")
 	}
-	p, err := phone.New(a.srv, number, name, a.log)
+	p, err := phone.New(a.srv, number, name, a.random, a.log)
 	if errors.Is(err, server.ErrAccountExists) {
 		return nil, &apiError{http.StatusConflict, "phone_exists", fmt.Sprintf("there is a phone %q already", number)}
 	} else if err != nil {
@@ -239,12 +242,31 @@ func (a *API) scan(r *http.Request) (any, error) {
 	if err := decode(r, &body); err != nil {
 		return nil, err
 	}
-	device, err := p.Scan(r.Context(), strings.TrimSpace(body.QR))
+	return paired(p.Scan(r.Context(), strings.TrimSpace(body.QR)))
+}
+
+func (a *API) pairCode(r *http.Request) (any, error) {
+	p, err := a.phone(r)
+	if err != nil {
+		return nil, err
+	}
+	var body struct{ Code string }
+	if err := decode(r, &body); err != nil {
+		return nil, err
+	}
+	return paired(p.EnterCode(r.Context(), body.Code))
+}
+
+func paired(device *server.Device, err error) (any, error) {
 	switch {
-	case errors.Is(err, phone.ErrBadQR):
-		return nil, badRequest("qr: %v", err)
+	case errors.Is(err, phone.ErrBadQR), errors.Is(err, phone.ErrBadCode):
+		return nil, badRequest("%v", err)
 	case errors.Is(err, server.ErrUnknownQR):
 		return nil, notFound("unknown_qr", "%v (expired)", err)
+	case errors.Is(err, server.ErrUnknownCode):
+		return nil, notFound("unknown_code", "%v by a code", err)
+	case errors.Is(err, phone.ErrWrongCode):
+		return nil, &apiError{http.StatusConflict, "wrong_code", err.Error()}
 	case errors.Is(err, server.ErrPairingFailed):
 		return nil, &apiError{http.StatusConflict, "pairing_failed", err.Error()}
 	case err != nil:

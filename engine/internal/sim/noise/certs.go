@@ -32,9 +32,8 @@ type Identity struct {
 	chain  []byte
 }
 
-// NewIdentity creates a static key and certifies it under root.
-func NewIdentity(root *keys.KeyPair, now time.Time) (*Identity, error) {
-	intermediate, leaf := keys.NewKeyPair(), keys.NewKeyPair()
+// NewIdentity certifies a static key, the leaf, under root.
+func NewIdentity(root, intermediate, leaf *keys.KeyPair, now time.Time) (*Identity, error) {
 	intermediateCert, err := certify(root, intermediate, intermediateSerial, rootSerial, now)
 	if err != nil {
 		return nil, err

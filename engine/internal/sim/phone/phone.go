@@ -9,7 +9,6 @@ package phone
 import (
 	"context"
 	"crypto/hmac"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -23,6 +22,7 @@ import (
 	"go.mau.fi/whatsmeow/proto/waAdv"
 	"google.golang.org/protobuf/proto"
 
+	"warren/engine/internal/sim/random"
 	"warren/engine/internal/sim/server"
 )
 
@@ -39,6 +39,8 @@ type Phone struct {
 	account *server.Account
 	self    *server.Device
 	vault   *vault
+	// random makes message ids and the like; the vault's keys come from a stream of their own.
+	random *random.Stream
 	// rawID is the same in all device identities that this phone signs.
 	rawID uint32
 
@@ -47,8 +49,11 @@ type Phone struct {
 }
 
 // New creates an account with a phone at the server.
-func New(srv *server.Server, number, name string, log *slog.Logger) (*Phone, error) {
-	p := &Phone{srv: srv, log: log.With("phone", number), vault: newVault(), view: newView()}
+func New(srv *server.Server, number, name string, source random.Source, log *slog.Logger) (*Phone, error) {
+	p := &Phone{
+		srv: srv, log: log.With("phone", number), view: newView(),
+		vault: newVault(source.Stream("keys of " + number)), random: source.Stream("phone " + number),
+	}
 	p.rawID = p.vault.store.registrationID
 	account, err := srv.AddAccount(number, name, p.vault.registration(), func(self *server.Device) server.Sink {
 		p.self, p.account = self, self.Account
@@ -143,8 +148,4 @@ func signalAddress(account *server.Account, device uint16) *protocol.SignalAddre
 }
 
 // newMessageID looks like an Android phone's: 32 hex digits.
-func newMessageID() string {
-	raw := make([]byte, 16)
-	_, _ = rand.Read(raw) // never fails (crypto/rand)
-	return strings.ToUpper(fmt.Sprintf("%x", raw))
-}
+func (p *Phone) newMessageID() string { return fmt.Sprintf("%X", p.random.Bytes(16)) }

@@ -23,7 +23,7 @@ var ErrRefused = errors.New("the server refused the message")
 // Send sends a text to every device of an account and, as a copy, to every other device of the own one. It returns when
 // the server has the message.
 func (p *Phone) Send(to *server.Account, text string) (messageID string, err error) {
-	message := &sentMessage{Sent: Sent{MessageID: newMessageID(), To: to.Number}, recipient: to, text: text}
+	message := &sentMessage{Sent: Sent{MessageID: p.newMessageID(), To: to.Number}, recipient: to, text: text}
 	plain, copied, err := encode(to, text)
 	if err != nil {
 		return "", err

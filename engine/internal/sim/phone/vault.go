@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 
 	"go.mau.fi/libsignal/ecc"
@@ -21,6 +20,7 @@ import (
 	"go.mau.fi/libsignal/util/optional"
 	"go.mau.fi/whatsmeow/util/keys"
 
+	"warren/engine/internal/sim/random"
 	"warren/engine/internal/sim/server"
 )
 
@@ -57,16 +57,18 @@ func (quietLogger) Configure(string) {}
 
 // vault is a phone's Signal state, in memory. Its methods take its lock; they never call the server.
 type vault struct {
-	mu    sync.Mutex
-	store store
+	random *random.Stream
+	mu     sync.Mutex
+	store  store
 }
 
-func newVault() *vault {
-	own := keys.NewKeyPair()
-	return &vault{store: store{
+func newVault(stream *random.Stream) *vault {
+	own, signed := stream.KeyPair(), stream.PreKey(signedPreKeyID)
+	signed.Signature = own.Sign(&signed.KeyPair)
+	return &vault{random: stream, store: store{
 		identity:       own,
-		registrationID: rand.Uint32N(16380) + 1, // Signal's range
-		signed:         own.CreateSignedPreKey(signedPreKeyID),
+		registrationID: stream.Uint32(16380) + 1, // Signal's range
+		signed:         signed,
 		preKeys:        map[uint32]*keys.PreKey{},
 		sessions:       map[string]*record.SessionStructure{},
 	}}
@@ -92,7 +94,7 @@ func (v *vault) generate(n int) []server.OneTimeKey {
 	public := make([]server.OneTimeKey, n)
 	for i := range public {
 		v.store.lastPreKey++
-		key := keys.NewPreKey(v.store.lastPreKey)
+		key := v.random.PreKey(v.store.lastPreKey)
 		v.store.preKeys[key.KeyID] = key
 		public[i] = server.OneTimeKey{ID: key.KeyID, Public: *key.Pub}
 	}

@@ -60,6 +60,8 @@ type client struct {
 	attached atomic.Pointer[attachment]
 	pairing  *pairing
 	claim    atomic.Pointer[claim]
+	// entered is the wish for which a phone has entered a code.
+	entered atomic.Pointer[CodeOffer]
 }
 
 func newClient(s *Server, conn *link.Conn) *client {
@@ -84,6 +86,7 @@ func (c *client) run() {
 	close(c.gone)
 	cancel()
 	c.withdrawRefs()
+	c.withdrawCode()
 	if a := c.attached.Load(); a != nil {
 		a.device.detach(c)
 	}
@@ -119,6 +122,8 @@ func (c *client) handle(node *Node) {
 	switch {
 	case node.Tag == "iq":
 		c.handleIQ(node)
+	case device == nil && node.Tag == "ack":
+		// Of the notification in a pairing by code; nothing waits for it.
 	case device == nil:
 		c.log.Info("stanza before login ignored", "action", "stanza_ignored", "tag", node.Tag)
 	case node.Tag == "message":

@@ -78,6 +78,10 @@ func (c *client) dispatchIQ(iq *Node) (content []Node, failure *iqError, after f
 	if failure := c.queryFault(c.device(), namespace, &child); failure != nil {
 		return nil, failure, nil
 	}
+	if namespace == "md" && child.Tag == "link_code_companion_reg" {
+		content, failure = c.linkCode(&child)
+		return content, failure, nil
+	}
 	handler := iqHandlers[strings.TrimSpace(namespace+" "+child.Tag)]
 	if handler == nil {
 		return nil, nil, nil
@@ -241,20 +245,8 @@ func (s *Server) describe(asker *Device, user *Node, protocols []Node) Node {
 
 // contactNumber is the number of a `<contact>` query: whatsmeow writes `15550002@c.us`, Baileys `+15550002`.
 func contactNumber(user *Node) string {
-	text := contactText(user)
+	text := childText(user, "contact")
 	return strings.TrimPrefix(strings.TrimSuffix(text, "@"+types.LegacyUserServer), "+")
-}
-
-func contactText(user *Node) string {
-	contact := user.GetChildByTag("contact")
-	switch v := contact.Content.(type) {
-	case []byte:
-		return string(v)
-	case string:
-		return v
-	default:
-		return ""
-	}
 }
 
 func describeContact(user *Node, account *Account) Node {
@@ -263,7 +255,7 @@ func describeContact(user *Node, account *Account) Node {
 		kind = "in"
 	}
 	node := Node{Tag: "contact", Attrs: Attrs{"type": kind}}
-	if text := contactText(user); text != "" {
+	if text := childText(user, "contact"); text != "" {
 		node.Content = []byte(text)
 	}
 	return node

@@ -47,6 +47,15 @@ func childBytes(n *Node, tag string) []byte {
 	return data
 }
 
+// childText is a child's content as text: the decoder returns dictionary words as strings.
+func childText(n *Node, tag string) string {
+	child := n.GetChildByTag(tag)
+	if text, ok := child.Content.(string); ok {
+		return text
+	}
+	return string(childBytes(n, tag))
+}
+
 // withAttr is a copy of a node with one more attribute; stanzas in mailboxes are shared and never changed.
 func withAttr(n Node, key string, value any) Node {
 	attrs := make(Attrs, len(n.Attrs)+1)

@@ -3,7 +3,6 @@ package server
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
@@ -75,9 +74,7 @@ func (c *client) offerPairing(data *waWa6.ClientPayload_DevicePairingRegistratio
 	c.pairing = &pairing{registration: registration}
 	nodes := make([]Node, refCount)
 	for i := range nodes {
-		raw := make([]byte, refBytes)
-		_, _ = rand.Read(raw) // never fails (crypto/rand)
-		ref := "2@" + base64.RawURLEncoding.EncodeToString(raw)
+		ref := c.srv.newRef("2@")
 		c.pairing.refs = append(c.pairing.refs, ref)
 		nodes[i] = Node{Tag: "ref", Content: []byte(ref)}
 	}
@@ -85,6 +82,10 @@ func (c *client) offerPairing(data *waWa6.ClientPayload_DevicePairingRegistratio
 	c.answer(Node{Tag: "iq", Attrs: Attrs{
 		"from": types.ServerJID, "type": "set", "id": c.srv.nextID(), "xmlns": "md", "t": time.Now().Unix(),
 	}, Content: []Node{{Tag: "pair-device", Content: nodes}}})
+}
+
+func (s *Server) newRef(prefix string) string {
+	return prefix + base64.RawURLEncoding.EncodeToString(s.random.Bytes(refBytes))
 }
 
 func parsePairingData(data *waWa6.ClientPayload_DevicePairingRegistrationData) (Registration, error) {
@@ -143,6 +144,10 @@ func (s *Server) Link(ctx context.Context, account *Account, qr QR, sign SignIde
 	if c == nil {
 		return nil, ErrUnknownQR
 	}
+	return s.pair(ctx, c, account, sign)
+}
+
+func (s *Server) pair(ctx context.Context, c *client, account *Account, sign SignIdentity) (*Device, error) {
 	claim, err := s.prepare(c, account, sign)
 	if err != nil {
 		return nil, err

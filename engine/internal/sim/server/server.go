@@ -23,6 +23,7 @@ import (
 
 	"warren/engine/internal/sim/link"
 	"warren/engine/internal/sim/noise"
+	"warren/engine/internal/sim/random"
 )
 
 // lidBase makes LIDs as long as real ones; an account's LID is the base plus its number in order of creation.
@@ -55,6 +56,10 @@ type Server struct {
 	closed   bool
 	// refs are the QR references on show, each with the client that shows it.
 	refs map[string]*client
+	// codes are the wishes to be linked by a code, by number.
+	codes map[string]*CodeOffer
+	// random makes the references.
+	random *random.Stream
 
 	// ctx ends with Close; clients end with it.
 	ctx     context.Context //nolint:containedctx // the server's own life, not a call's
@@ -64,10 +69,11 @@ type Server struct {
 
 // New creates a server without accounts. A client that does not take a stanza within writeTimeout is cut; what it did
 // not receipt stays pending.
-func New(identity *noise.Identity, writeTimeout time.Duration, log *slog.Logger) *Server {
+func New(identity *noise.Identity, writeTimeout time.Duration, source random.Source, log *slog.Logger) *Server {
 	s := &Server{
 		log: log, identity: identity, writeTimeout: writeTimeout,
 		byNumber: map[string]*Account{}, byLID: map[string]*Account{}, refs: map[string]*client{},
+		codes: map[string]*CodeOffer{}, random: source.Stream("server"),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
