@@ -60,8 +60,10 @@ func run() int {
 	}
 	output := logs.NewOutput(os.Stderr)
 	defer output.Close(logFlush)
+	log := logs.New(output, level)
+	logs.SetupLibsignal(log)
 	return engine.Run(engine.Options{
-		Pipe: pipe, Endpoint: where, Log: logs.New(output, level), MaxSessions: maxSessions,
+		Pipe: pipe, Endpoint: where, Log: log, MaxSessions: maxSessions,
 		Version: version, Whatsmeow: whatsmeowVersion(), Stop: stopSignal(),
 	})
 }

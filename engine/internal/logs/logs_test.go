@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"go.mau.fi/libsignal/logger"
 	waBinary "go.mau.fi/whatsmeow/binary"
 	"go.mau.fi/whatsmeow/types"
 )
@@ -53,6 +54,16 @@ func TestTapSeesStanzas(t *testing.T) {
 	wa.Debugf("%s", &waBinary.Node{Tag: "message"})
 	if len(tap.received) != 1 || tap.received[0] != "success" || len(tap.sent) != 1 || tap.sent[0] != "receipt" {
 		t.Fatalf("%+v", tap)
+	}
+}
+
+func TestLibsignalIsQuiet(t *testing.T) {
+	var out bytes.Buffer
+	SetupLibsignal(New(&out, slog.LevelDebug))
+	logger.Debug("private key of the session")
+	logger.Error("no session for ", "15551234567")
+	if text := out.String(); strings.Contains(text, "private") || strings.Contains(text, "15551234567") || !strings.Contains(text, "no session") {
+		t.Error(text)
 	}
 }
 
