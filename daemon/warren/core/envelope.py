@@ -25,6 +25,9 @@ MAX_BODY_BYTES = 262_144
 """A command's body. Texts are far smaller; media travels by reference."""
 MAX_TEXT_CHARS = 65_536
 """WhatsApp's own limit for a text message."""
+MAX_ID_CHARS = 200
+MAX_QUOTED_CHARS = 64
+"""How much of a name that somebody made up is repeated in an error: a quarter of a megabyte would help nobody."""
 CLOUDEVENT = "application/cloudevents+json"
 JSON = "application/json"
 
@@ -93,7 +96,7 @@ class _Envelope(_Strict):
 
     command: str
     session: str | None = None
-    id: Annotated[str, StringConstraints(min_length=1, max_length=200)] | None = None
+    id: Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS)] | None = None
     expires_at: AwareDatetime | None = None
     args: dict[str, Any] = Field(default_factory=dict)
 
@@ -121,7 +124,9 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What an AMQP message says besides its body. `exchange` is the kind (`control`, `commands`, `queries`), not the name."""
+    """What an AMQP message says besides its body. `exchange` is the kind (`control`, `commands`, `queries`), not the name; "" is
+    any other, the default exchange for one.
+    """
 
     exchange: str
     routing_key: str
@@ -153,20 +158,29 @@ class Rejected(CommandError):
 def decode_command(body: bytes, origin: Origin) -> Command:
     """The command in an AMQP message. Raises Rejected with a precise reason for everything that is wrong with it."""
     raw = _json_object(body, origin)
-    command_id = raw.get("id") if isinstance(raw.get("id"), str) else origin.message_id
     session = raw.get("session")
     address = session if isinstance(session, str) and is_session_id(session) else NO_SESSION
-    command = raw["command"] if isinstance(raw.get("command"), str) else ""
+    command = _quoted(raw["command"]) if isinstance(raw.get("command"), str) else ""
     try:
         return _checked(raw, origin)
     except CommandError as e:
-        raise Rejected(e, session=address, command_id=command_id, command=command) from None
+        raise Rejected(e, session=address, command_id=_told_id(raw.get("id"), origin), command=command) from None
+
+
+def _told_id(in_body: object, origin: Origin) -> str | None:
+    """The id under which the publisher may recognise a command that is refused."""
+    return next((i for i in (in_body, origin.message_id) if isinstance(i, str) and 1 <= len(i) <= MAX_ID_CHARS), None)
+
+
+def _quoted(name: str) -> str:
+    return name if len(name) <= MAX_QUOTED_CHARS else name[: MAX_QUOTED_CHARS - 1] + "…"
 
 
 def _json_object(body: bytes, origin: Origin) -> dict[str, Any]:
     def unreadable(code: str, message: str, hint: str) -> Rejected:
         session = origin.routing_key if is_session_id(origin.routing_key) else NO_SESSION
-        return Rejected(CommandError(code, message, hint=hint), session=session, command_id=origin.message_id, undecodable=True)
+        error = CommandError(code, message, hint=hint)
+        return Rejected(error, session=session, command_id=_told_id(None, origin), undecodable=True)
 
     if len(body) > MAX_BODY_BYTES:
         raise unreadable("too_large", f"The body has {len(body)} bytes.", f"The limit is {MAX_BODY_BYTES}.")
@@ -186,11 +200,12 @@ def _checked(raw: dict[str, Any], origin: Origin) -> Command:
         raise _field_error("invalid_command", e) from None
     spec = COMMANDS.get(outer.command)
     if spec is None:
-        raise CommandError("unknown_command", f"There is no command `{outer.command}`.", hint=f"Known: {', '.join(COMMANDS)}.")
+        said = _quoted(outer.command)
+        raise CommandError("unknown_command", f"There is no command `{said}`.", hint=f"Known: {', '.join(COMMANDS)}.")
     if spec.exchange != origin.exchange:
         raise CommandError(
             "wrong_exchange",
-            f"`{outer.command}` was published to the exchange for {origin.exchange}.",
+            f"`{outer.command}` does not belong on the exchange it was published to.",
             hint=f"Publish it to the exchange `<prefix>.{spec.exchange}`.",
         )
     session = _session(outer.session, spec, origin)
@@ -230,8 +245,12 @@ def _id(in_body: str | None, in_property: str | None, spec: Spec, command: str) 
             f"`{command}` needs an id.",
             hint="Set `id` to something unique to this request, and to the same when you repeat it: that makes repeating safe.",
         )
-    if command_id is not None and not 1 <= len(command_id) <= 200:
-        raise CommandError("invalid_command", "The `message_id` property is empty or over 200 characters.")
+    if command_id is not None and not 1 <= len(command_id) <= MAX_ID_CHARS:
+        raise CommandError(
+            "invalid_command",
+            f"The `message_id` property is empty or over {MAX_ID_CHARS} characters.",
+            hint="Set `id` in the body instead.",
+        )
     return command_id
 
 
@@ -239,7 +258,7 @@ def _field_error(code: str, error: ValidationError) -> CommandError:
     """The first problem pydantic found, in words; unknown fields first, because they explain missing ones."""
     problems = sorted(error.errors(include_url=False, include_input=False), key=lambda p: p["type"] != "extra_forbidden")
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the command"
+    where = _quoted(".".join(str(part) for part in first["loc"])) or "the command"
     if first["type"] == "extra_forbidden":
         return CommandError(code, f"There is no field `{where}`.", hint="Check the spelling against docs/message-api.md.")
     return CommandError(code, f"`{where}`: {first['msg']}.", hint="See docs/message-api.md for its type and limits.")

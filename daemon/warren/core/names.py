@@ -72,6 +72,10 @@ class Topology:
     def queries_queue(self, instance: str) -> str:
         return f"{self.prefix}.queries.{instance}"
 
+    def owns(self, queue: str) -> bool:
+        """Whether a queue's name is one of warren's own, or could become one: everything behind the prefix and a dot."""
+        return queue.startswith(f"{self.prefix}.")
+
     @property
     def source(self) -> str:
         """CloudEvents `source`: stable over hosts and restarts."""

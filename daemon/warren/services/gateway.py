@@ -69,7 +69,10 @@ class Gateway:
         if incoming.reply_to is None:
             self._outcomes.drop(incoming)
             return
-        outcome = Outcome("list", task.command.id, {"instance": self._instance, "sessions": self._fleet.statuses()})
+        if task.command.expired(self._now()):
+            outcome = Outcome.failed("list", task.command.id, expired_error())
+        else:
+            outcome = Outcome("list", task.command.id, {"instance": self._instance, "sessions": self._fleet.statuses()})
         self._outcomes.answer(incoming, outcome)
 
     # --- inside
@@ -82,6 +85,12 @@ class Gateway:
             command = decode_command(incoming.body, origin)
         except Rejected as e:
             self._reject(incoming, e)
+            return None
+        except Exception:
+            # Left unsettled it would come back for ever, and meanwhile take a place in the prefetch.
+            logger.bind(action="gateway_bug").exception("Reading a command met a bug.")
+            error = CommandError("internal", "Reading the command met a bug.", hint="See the log of the daemon.", final=False)
+            self._outcomes.refuse(incoming, error, command_id=incoming.message_id)
             return None
         self._log(command)
         return Task(command, incoming)

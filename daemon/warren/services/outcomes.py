@@ -160,5 +160,12 @@ class Outcomes:
         await (incoming.ack() if told else incoming.requeue())
 
     async def _reply(self, incoming: Incoming, outcome: Outcome) -> None:
-        if incoming.reply_to is not None:
+        if incoming.reply_to is None:
+            return
+        if self._topology.owns(incoming.reply_to):
+            # It would come back to us as a command, or fill a queue that people read. The outcome event comes all the same.
+            logger.bind(action="reply_refused", reply_to=incoming.reply_to).warning(
+                "A reply was not sent: its reply_to is one of warren's own names."
+            )
+        else:
             await self._bus.reply(incoming.reply_to, incoming.correlation_id, orjson.dumps(outcome.body()))
