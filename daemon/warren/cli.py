@@ -383,12 +383,13 @@ def _engine_version(args: argparse.Namespace) -> str | None:
     """None when there is no engine here; a machine that only runs the command line needs none."""
     try:
         program = find_engine_binary(_settings(args).engine.path)
-        told = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=True)
+        ran = subprocess.run([program, "--version"], capture_output=True, timeout=10, check=True)
+        told = orjson.loads(ran.stdout)
+        return printable(f"{told['engine']} (whatsmeow {told['whatsmeow']})")
     except ConfigError:
         return None
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, KeyError):
         return "of an unknown version"
-    return printable(told.stdout.strip().removeprefix("warren-engine").strip())
 
 
 # --- usage ------------------------------------------------------------------------------------------------------------

@@ -130,7 +130,9 @@ def test_demo_is_handed_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        ("echo warren-engine 9.8.7", "9.8.7"),
+        ("""echo '{"engine": "9.8.7", "whatsmeow": "v1.2", "protocol": 1}'""", "9.8.7 (whatsmeow v1.2)"),
+        ("echo warren-engine 9.8.7", "of an unknown version"),
+        ("echo []", "of an unknown version"),
         ("exit 2", "of an unknown version"),
         (None, None),
     ],

@@ -3,8 +3,10 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -305,6 +307,20 @@ func TestOpenErrors(t *testing.T) {
 	small := startEngine(t, sim, "--max-sessions", "1")
 	small.open("one", 1, t.TempDir(), true)
 	small.refused("too_many_sessions", "open", "two", 1, open(t.TempDir(), true))
+}
+
+func TestVersion(t *testing.T) {
+	out, err := exec.Command(filepath.Join(binaries, "warren-engine"), "--version").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var told struct {
+		Engine, Whatsmeow string
+		Protocol          int
+	}
+	if err := json.Unmarshal(out, &told); err != nil || told.Engine == "" || !strings.HasPrefix(told.Whatsmeow, "v") || told.Protocol != 1 {
+		t.Errorf("%s %v", out, err)
+	}
 }
 
 func TestEndOfThePipe(t *testing.T) {

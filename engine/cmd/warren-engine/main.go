@@ -4,6 +4,7 @@
 package main
 
 import (
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 
 	"warren/engine/internal/endpoint"
 	"warren/engine/internal/engine"
+	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
 )
 
@@ -36,13 +38,18 @@ func main() {
 func run() int {
 	var address, rootKey, caFile string
 	var maxSessions int
+	var told bool
 	var level slog.Level
 	flag.StringVar(&address, "endpoint", "", "connect to a simulator at wss://127.0.0.1:PORT instead of WhatsApp")
 	flag.StringVar(&rootKey, "root-key", "", "the simulator's root key, 64 hexadecimal digits (only with --endpoint)")
 	flag.StringVar(&caFile, "ca-file", "", "the simulator's CA certificate (only with --endpoint)")
 	flag.IntVar(&maxSessions, "max-sessions", 250, "how many sessions may be open at one time")
 	flag.TextVar(&level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	flag.BoolVar(&told, "version", false, "print the versions as JSON and exit")
 	flag.Parse()
+	if told {
+		return printVersion()
+	}
 
 	// Session state is secret: no file of this process is readable by others.
 	syscall.Umask(0o077)
@@ -66,6 +73,19 @@ func run() int {
 		Pipe: pipe, Endpoint: where, Log: log, MaxSessions: maxSessions,
 		Version: version, Whatsmeow: whatsmeowVersion(), Stop: stopSignal(),
 	})
+}
+
+// printVersion tells what the hello frame tells, for `warren version` and for people.
+func printVersion() int {
+	err := json.NewEncoder(os.Stdout).Encode(struct {
+		Engine    string `json:"engine"`
+		Whatsmeow string `json:"whatsmeow"`
+		Protocol  int    `json:"protocol"`
+	}{version, whatsmeowVersion(), frames.Version})
+	if err != nil {
+		return usage(err)
+	}
+	return engine.ExitOK
 }
 
 func usage(err error) int {
