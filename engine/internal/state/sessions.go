@@ -49,9 +49,18 @@ func (g *guardedSessions) GetManySessions(ctx context.Context, addresses []strin
 
 func (g *guardedSessions) PutSession(ctx context.Context, address string, session []byte) error {
 	if ctx.Value(decrypting{}) != nil {
-		return g.SessionStore.PutSession(ctx, address, session)
+		return g.putDecrypted(ctx, address, session)
 	}
 	return g.PutManySessions(ctx, map[string][]byte{address: session})
+}
+
+// putDecrypted stores a session that has decrypted a message.
+func (g *guardedSessions) putDecrypted(ctx context.Context, address string, session []byte) error {
+	before, err := g.SessionStore.GetSession(ctx, address)
+	if err != nil {
+		return err
+	}
+	return g.SessionStore.PutSession(ctx, address, repair(before, session))
 }
 
 func (g *guardedSessions) PutManySessions(ctx context.Context, sessions map[string][]byte) error {

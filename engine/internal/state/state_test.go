@@ -5,6 +5,7 @@ package state
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -14,7 +15,14 @@ import (
 	"go.mau.fi/whatsmeow/store"
 	"go.mau.fi/whatsmeow/types"
 	waLog "go.mau.fi/whatsmeow/util/log"
+
+	"warren/engine/internal/logs"
 )
+
+func TestMain(m *testing.M) {
+	logs.SetupLibsignal(slog.New(slog.DiscardHandler))
+	os.Exit(m.Run())
+}
 
 func open(t testing.TB, dir string, create bool) (*Store, error) {
 	t.Helper()
