@@ -26,6 +26,7 @@ NAMES = Topology("warren")
 
 EVENT_TITLES = {
     "qr": "A new code to scan, each time it rotates",
+    "pairing_code": "A new code to type into the phone, for a `create` with `phone_number`",
     "connected": "The session is online, as WhatsApp confirmed",
     "disconnected": "The connection ended; `state` says what follows",
     "reconnecting": "It connects again after a wait",

@@ -70,14 +70,13 @@ def test_the_event_table_is_complete() -> None:
     documented = names(section("Events"), 3) - {"#", "acme.*", "*.message"}
     of_machine = {s.event for s in TABLE.values() if s.event}
     of_design = {
-        *("qr", "connected", "disconnected", "reconnecting", "reconnect_failed", "logout", "message", "receipt"),
+        *("qr", "pairing_code", "connected", "disconnected", "reconnecting", "reconnect_failed", "logout", "message", "receipt"),
         *("command_completed", "command_failed", "health_check_failed", "error"),
     }
     assert documented == of_design
     assert of_machine <= documented
     ephemeral = {row[0].strip("`") for row in rows(section("Events")) if row[-1] == "ephemeral"}
-    assert ephemeral == EPHEMERAL - {"pairing_code"}
-    assert "`pairing_code` is reserved" in section("Not there yet")
+    assert ephemeral == EPHEMERAL
 
 
 FRAMES = {

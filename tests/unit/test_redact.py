@@ -104,7 +104,8 @@ def test_no_written_number_survives(number: str, gap: str) -> None:
     around, st.from_regex(r"[0-9]{1,20}", fullmatch=True), st.sampled_from(["", ":3", ".0:12", "_1"]), st.sampled_from(SERVERS)
 )
 def test_no_jid_survives(before: str, user: str, device: str, server: str) -> None:
-    assume(not before[-1:].isalnum() and "@" not in before and not any(c.isdigit() for c in before))
+    # Behind a `+` it may be taken for a phone number, device and all, which hides more.
+    assume(not before[-1:].isalnum() and not set(before) & {"@", "+"} and not any(c.isdigit() for c in before))
     text = redact(f"{before}{user}{device}@{server} and {user}{device}@{server}")
     assert f"{user}{device}@" not in text
     assert text.count(f"{device}@{server}") == 2

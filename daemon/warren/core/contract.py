@@ -65,6 +65,16 @@ class ShownQr(Qr):
     """The same as a picture."""
 
 
+class PairingCode(_Exact):
+    """A code to type into the phone, before it expires."""
+
+    code: Annotated[str, Field(min_length=1)]
+    """As people are shown it, for example `ABCD-1234`."""
+    expires_at: Time
+    phone_number: Annotated[str, Field(pattern=r"^\+[1-9][0-9]{6,14}$")]
+    """The phone it is for."""
+
+
 class StateChange(_Exact):
     """The session is in another state, or about to be."""
 
@@ -200,7 +210,9 @@ class Status(_Exact):
     outbox: Count
     """Events that RabbitMQ has not confirmed yet."""
     qr: Qr | None
-    """While `pairing`."""
+    """While `pairing` by QR code."""
+    pairing_code: PairingCode | None
+    """While `pairing` by code."""
 
 
 class ListResult(_Exact):
@@ -310,6 +322,7 @@ OUTCOMES: dict[str, TypeAdapter[Any]] = {"command_completed": TypeAdapter(AnyCom
 
 EVENTS: dict[str, TypeAdapter[Any]] = {
     "qr": TypeAdapter(Ephemeral[Literal["warren.qr"], ShownQr]),
+    "pairing_code": TypeAdapter(Ephemeral[Literal["warren.pairing_code"], PairingCode]),
     "connected": TypeAdapter(Sequenced[Literal["warren.connected"], Connected]),
     "disconnected": TypeAdapter(Sequenced[Literal["warren.disconnected"], StateChange]),
     "reconnecting": TypeAdapter(Sequenced[Literal["warren.reconnecting"], StateChange]),

@@ -48,6 +48,16 @@ class CreateArgs(_Strict):
 
     device_name: Annotated[str, StringConstraints(min_length=1, max_length=50)] | None = None
     """What the phone shows under "Linked devices". Taken when pairing; default: `[whatsapp] device_name`."""
+    phone_number: Annotated[str, StringConstraints(pattern=f"^{_PHONE.pattern}$")] | None = None
+    """Pair by a code that is typed into this phone, instead of a QR code: E.164 with `+`."""
+    mark_online: bool | None = None
+    """Whether contacts see the account as online while the session is. Kept; default: false."""
+    proxy: Annotated[str, StringConstraints(pattern=r"^(http|https|socks5)://[^\s/]+$", max_length=500)] | None = None
+    """`http://`, `https://` or `socks5://` with host, port and, if need be, user and password. Kept; default: none."""
+
+    def settings(self) -> dict[str, Any]:
+        """What is kept with the session: the given ones."""
+        return self.model_dump(exclude={"phone_number"}, exclude_none=True)
 
 
 class SendArgs(_Strict):
@@ -214,7 +224,8 @@ def _checked(raw: dict[str, Any], origin: Origin) -> Command:
         args = spec.args.model_validate(outer.args)
     except ValidationError as e:
         raise _field_error("invalid_argument", e) from None
-    canonical = orjson.dumps(args.model_dump(), option=orjson.OPT_SORT_KEYS)
+    # What was not given does not count, so that an argument that a later version adds changes no fingerprint.
+    canonical = orjson.dumps(args.model_dump(exclude_none=True), option=orjson.OPT_SORT_KEYS)
     return Command(outer.command, session, command_id, args, command_fingerprint(outer.command, canonical), outer.expires_at)
 
 

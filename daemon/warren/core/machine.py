@@ -47,6 +47,8 @@ class Trigger(Enum):
     BANNED = "banned"
     UNPAIRED = "unpaired"
     """Pairing ended without a phone."""
+    RENEW = "renew"
+    """The pairing code ran out, and there is another one to be had."""
     LOGGED_OUT = "logged_out"
     UNREADABLE = "unreadable"
     STOP = "stop"
@@ -76,6 +78,7 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         (s.CONNECTING, t.QR): Step(s.PAIRING, "qr"),
         (s.PAIRING, t.QR): Step(s.PAIRING, "qr"),
         (s.PAIRING, t.PAIRED): Step(s.CONNECTING),
+        (s.PAIRING, t.RENEW): Step(s.CONNECTING),
         (s.CONNECTING, t.RESTART): Step(s.CONNECTING),
         (s.CONNECTING, t.CONNECTED): Step(s.ONLINE, "connected"),
         (s.CONNECTING, t.UNPAIRED): Step(s.STOPPED, "disconnected"),
@@ -99,7 +102,7 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         table[live, t.STOP] = Step(s.STOPPING)
     for late in (t.START, t.STOP, t.QR, t.PAIRED, t.CONNECTED):
         table[s.STOPPING, late] = Step(s.STOPPING)
-    for end in (t.CLOSED, t.RESTART, t.LOST, t.REPLACED, t.BANNED, t.UNPAIRED, t.UNREADABLE):
+    for end in (t.CLOSED, t.RESTART, t.RENEW, t.LOST, t.REPLACED, t.BANNED, t.UNPAIRED, t.UNREADABLE):
         table[s.STOPPING, end] = Step(s.STOPPED, "disconnected")
     # After pairing it means "at once" (CONNECTING, above). In the middle of a life it is a lost connection like any other: a
     # server that keeps asking must meet the backoff.
@@ -154,7 +157,10 @@ CAUSES: dict[str, Cause] = {
               "Make sure no other program uses this session's state; then publish `create`."),
         Cause(Trigger.BANNED, "temporary_ban", "WhatsApp banned the account for a while.",
               "Wait until the time in `until`; open WhatsApp on the phone to see why."),
-        Cause(Trigger.UNPAIRED, "qr_expired", "Nobody scanned the QR code.", "Publish `create` for new codes."),
+        Cause(Trigger.UNPAIRED, "qr_expired", "Nobody scanned the QR code or entered the pairing code.",
+              "Publish `create` for new codes."),
+        Cause(Trigger.RENEW, "code_expired", "The pairing code ran out; another one follows.",
+              "Type the next one into the phone."),
         Cause(Trigger.UNPAIRED, "pairing_failed", "Pairing with the phone failed.", "Publish `create` and scan again."),
         Cause(Trigger.LOGGED_OUT, "logged_out", "The device was unlinked on the phone or by WhatsApp.",
               "Publish `create` and scan the new QR code, or `logout` to remove the session."),

@@ -23,6 +23,9 @@ OnEvent = Callable[[EngineEvent], None]
 """Takes an event of one generation, in the reader: it only hands over."""
 
 
+OPEN_TIMEOUT_S = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     sessions_per_process: int = 250
@@ -234,20 +237,18 @@ class Engines:
         results = await asyncio.gather(*(host.stop(timeout_s) for host in self._hosts))
         return all(results)
 
-    async def open(
-        self, session: str, generation: int, on_event: OnEvent, *, directory: str, create: bool, device_name: str
-    ) -> dict[str, Any]:
-        """Open a generation. Its events come to `on_event` until it is forgotten.
+    async def open(self, session: str, generation: int, on_event: OnEvent, **arguments: Any) -> dict[str, Any]:
+        """Open a generation, with the arguments of the protocol's `open`; None means: not given.
 
-        Raises EngineError. After an error or a cancellation nobody knows whether it is open: `close` it.
+        Its events come to `on_event` until it is forgotten. Raises EngineError. After an error or a cancellation nobody
+        knows whether it is open: `close` it.
         """
         host = self._where.get(session) or self._host_with_room()
         await host.ready(self._options.hello_timeout_s)
         self._where[session] = host
         host.sessions[session] = _Open(generation, on_event)
-        return await host.request(
-            "open", session, 30.0, generation=generation, dir=directory, create=create, device_name=device_name
-        )
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return await host.request("open", session, OPEN_TIMEOUT_S, generation=generation, **given)
 
     async def request(self, op: str, session: str, generation: int, *, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         """`send`, `close`, `logout`. Raises EngineError (`not_open`, `gone`, `no_answer` or the engine's own code)."""

@@ -35,7 +35,8 @@ from warren.services.sending import SEND_TIMEOUT_S, RequestSend, SendLane, expir
 MAILBOX = 1_000
 """Far above what a healthy session can have waiting: few life-cycle events, and commands are bounded by the prefetch."""
 CLOSE_TIMEOUT_S = 12.0
-LOGOUT_TIMEOUT_S = 20.0
+LOGOUT_TIMEOUT_S = 25.0
+"""Above the engine's own 20 s."""
 SEND_GRACE_S = 5.0
 """How long leaving ONLINE waits for the send under way."""
 ACK_GRACE_S = 2.0
@@ -43,6 +44,8 @@ ACK_GRACE_S = 2.0
 SETTLE_TIMEOUT_S = 90.0
 """Longest time from `open` to the first word about it."""
 REPLACED_RETRY_S = 60.0
+PAIRING_CODES = 3
+"""Pairing codes shown for one `create`, each for as long as WhatsApp takes it (about 160 s)."""
 KEEPALIVE_FAILURES = 2
 """Unanswered keepalives in a row (whatsmeow: one every 20 to 30 s) after which the connection is a zombie."""
 
@@ -100,6 +103,7 @@ _Item = Task | _Happened | _Due | _Halt
 _ENDS = frozenset(
     {
         Trigger.RESTART,
+        Trigger.RENEW,
         Trigger.LOST,
         Trigger.REPLACED,
         Trigger.BANNED,
@@ -125,6 +129,8 @@ class Session:
         self._until: datetime | None = None
         self._account: dict[str, Any] = {}
         self._qr: dict[str, Any] | None = None
+        self._pairing_code: dict[str, Any] | None = None
+        self._codes_shown = 0
         self._last_message_at: str | None = None
         self._generation = 0
         self._over = 0
@@ -200,6 +206,7 @@ class Session:
             "last_message_at": self._last_message_at,
             "outbox": self._deps.delivery.backlog(self.id),
             "qr": self._qr if self.state is State.PAIRING else None,
+            "pairing_code": self._pairing_code if self.state is State.PAIRING else None,
         }
 
     # --- the actor
@@ -272,9 +279,11 @@ class Session:
 
     async def _create(self, task: Task) -> None:
         args = task.command.args
-        settings = dict(self._record.settings)
-        if isinstance(args, CreateArgs) and args.device_name is not None:
-            settings["device_name"] = args.device_name
+        assert isinstance(args, CreateArgs)
+        settings = {**self._record.settings, **args.settings()}
+        if not self._record.paired:
+            settings["phone_number"] = args.phone_number
+            self._codes_shown = 0
         record = replace(self._record, desired=Desired.RUNNING, settings=settings)
         if self.state is State.LOGGED_OUT:
             # A new phone, a new life: its own epoch, so that nothing of the old one can be mistaken for it.
@@ -370,7 +379,7 @@ class Session:
         if trigger in {Trigger.PAIRED, Trigger.CONNECTED}:
             await self._save(replace(self._record, paired=True))
         if trigger is Trigger.QR:
-            self._show_qr(data)
+            self._show(data)
         self._until = _until(data)
         self._enter(taken.to, cause if trigger is not Trigger.CLOSED else self._cause)
         await self._entered(before, trigger, data)
@@ -526,13 +535,18 @@ class Session:
         if self._record.paired and current is None:
             raise EngineError("The session's directory is gone.", engine_code="state_missing")
         directory = await self._deps.state_dir.prepare(self.id, self._record.epoch)
+        settings = self._record.settings
+        number = settings.get("phone_number")
         return await self._deps.engines.open(
             self.id,
             generation,
             self.on_engine,
-            directory=str(directory),
+            dir=str(directory),
             create=not self._record.paired,
-            device_name=str(self._record.settings.get("device_name", self._deps.options.device_name)),
+            device_name=settings.get("device_name") or self._deps.options.device_name,
+            phone_number=number.removeprefix("+") if number and not self._record.paired else None,
+            mark_online=settings.get("mark_online"),
+            proxy=settings.get("proxy"),
         )
 
     def _lost(self, generation: int, reason: str) -> None:
@@ -570,7 +584,7 @@ class Session:
         """What a life-cycle event of the engine means for the machine."""
         generation, data = event.generation, event.data
         match event.event:
-            case "qr":
+            case "qr" | "pairing_code":
                 self._heard.set()
                 return _Happened(Trigger.QR, generation, None, data)
             case "paired":
@@ -589,6 +603,8 @@ class Session:
     def _ended(self, generation: int, reason: str, data: dict[str, Any]) -> _Happened:
         self._heard.set()
         self._deps.engines.forget(self.id, generation)
+        if reason == "qr_expired" and self._record.settings.get("phone_number") and self._codes_shown < PAIRING_CODES:
+            reason = "code_expired"
         cause = cause_of(reason)
         if isinstance(said := data.get("message"), str) and said:
             cause = replace(cause, message=f"{cause.message} ({said})")
@@ -605,12 +621,21 @@ class Session:
         self._close_beside()
         return _Happened(cause.trigger, generation, cause, data)
 
-    def _show_qr(self, data: dict[str, Any]) -> None:
+    def _show(self, data: dict[str, Any]) -> None:
+        """Tell what the phone can link with: a QR code to scan or a pairing code to type."""
         code = str(data["code"])
-        expires = self._deps.now() + timedelta(milliseconds=int(data["ttl_ms"]))
-        self._qr = {"code": code, "expires_at": timestamp(expires), "remaining": data.get("remaining", 0)}
-        shown = {**self._qr, "image": qr_image(code)}
-        self._deps.delivery.ephemeral(self.id, "qr", shown, event_id=event_id(self.id, "qr", code))
+        expires = timestamp(self._deps.now() + timedelta(milliseconds=int(data["ttl_ms"])))
+        if "remaining" in data:
+            self._qr, self._pairing_code = {"code": code, "expires_at": expires, "remaining": data["remaining"]}, None
+            shown = {**self._qr, "image": qr_image(code)}
+            self._deps.delivery.ephemeral(self.id, "qr", shown, event_id=event_id(self.id, "qr", code))
+            return
+        self._codes_shown += 1
+        number = self._record.settings.get("phone_number")
+        self._qr, self._pairing_code = None, {"code": code, "expires_at": expires, "phone_number": number}
+        self._deps.delivery.ephemeral(
+            self.id, "pairing_code", self._pairing_code, event_id=event_id(self.id, "pairing_code", code)
+        )
 
     # --- messages in
 
