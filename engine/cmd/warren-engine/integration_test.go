@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -150,6 +151,50 @@ func TestKilledWhilePairing(t *testing.T) {
 		t.Fatalf("%v", result)
 	}
 	last.event("acme", 3, "connected")
+}
+
+func TestPairingByCode(t *testing.T) {
+	sim := startSimulator(t)
+	sim.phone(t, own)
+	d := startEngine(t, sim)
+	dir := t.TempDir()
+	open := map[string]any{"dir": dir, "create": true, "device_name": "warren test", "phone_number": own}
+	for _, number := range []string{"+15550001", "0155500001", "123", "12345678x", "1234567890123456"} {
+		d.refused("bad_request", "open", "acme", 1, map[string]any{"dir": dir, "create": true, "phone_number": number})
+	}
+	d.must("open", "acme", 1, open)
+	shown := d.event("acme", 1, "pairing_code")
+	if ttl := shown.Data["ttl_ms"].(float64); len(shown.text("code")) != 9 || ttl < 100_000 || ttl > 160_000 {
+		t.Errorf("%v", shown.Data)
+	}
+	sim.call(t, "POST", "/phones/"+own+"/pair-code", map[string]any{"code": shown.text("code")})
+	if end := d.event("acme", 1, "disconnected"); end.text("reason") != "restart_required" {
+		t.Fatalf("%v", end.Data)
+	}
+	if paired := d.event("acme", 1, "paired"); !strings.HasPrefix(paired.text("jid"), own) {
+		t.Errorf("%v", paired.Data)
+	}
+	// The number no longer matters.
+	open["phone_number"] = other
+	d.must("open", "acme", 2, open)
+	d.event("acme", 2, "connected")
+	if seen := d.all(func(f frame) bool { return f.Event == "qr" }); len(seen) != 0 {
+		t.Errorf("%v", seen)
+	}
+}
+
+func TestNoPairingCode(t *testing.T) {
+	sim := startSimulator(t)
+	sim.phone(t, own)
+	d := startEngine(t, sim)
+	sim.call(t, "POST", "/faults", map[string]any{"kind": "iq_error", "xmlns": "md", "code": 429})
+	open := map[string]any{"dir": t.TempDir(), "create": true, "phone_number": own}
+	d.must("open", "acme", 1, open)
+	if end := d.event("acme", 1, "disconnected"); end.text("reason") != "pairing_failed" || end.Data["code"] != 429.0 {
+		t.Fatalf("%v", end.Data)
+	}
+	d.must("open", "acme", 2, open)
+	d.event("acme", 2, "pairing_code")
 }
 
 func TestCloseInTheMiddleLosesAndRepeatsNothing(t *testing.T) {
@@ -412,5 +457,15 @@ func TestTwentySessions(t *testing.T) {
 	d.must("stop", "", 0, nil)
 	if status := d.exit(); status != 0 {
 		t.Errorf("exit status %d", status)
+	}
+}
+
+func TestWrongCommandLines(t *testing.T) {
+	for _, arguments := range [][]string{{"--root-key", "ab"}, {"--endpoint", "wss://192.0.2.1:1"}, {"surplus"}, {"--max-sessions", "0"}, {}} {
+		command := exec.Command(filepath.Join(binaries, "warren-engine"), arguments...) // without a descriptor 3
+		out, _ := command.CombinedOutput()
+		if status := command.ProcessState.ExitCode(); status != exitUsage || len(out) == 0 {
+			t.Errorf("%v: exit status %d, %q", arguments, status, out)
+		}
 	}
 }
