@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
