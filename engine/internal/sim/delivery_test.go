@@ -166,7 +166,6 @@ func TestPhoneSendsAgain(t *testing.T) {
 // TestPhoneAsksAgain makes a phone unable to decrypt: the client answers its retry receipts.
 func TestPhoneAsksAgain(t *testing.T) {
 	w := newWorld(t)
-	const eve = "15550003"
 	for _, number := range []string{ana, bob, eve} {
 		w.phone(number)
 	}

@@ -145,7 +145,7 @@ type received struct {
 		Index      int
 		From       string
 		FromDevice int `json:"from_device"`
-		To         string
+		To, Group  string
 		MessageID  string `json:"message_id"`
 		Text, Kind string
 		Timestamp  time.Time

@@ -82,6 +82,9 @@ func New(srv *server.Server, source random.Source, log *slog.Logger) *API {
 	a.handle("GET /faults", a.listFaults)
 	a.handle("DELETE /faults", a.liftFaults)
 	a.handle("DELETE /faults/{fault}", a.liftFault)
+	a.handle("POST /phones/{number}/settings", a.settings)
+	a.handle("POST /groups", a.createGroup)
+	a.handle("GET /groups", a.listGroups)
 	a.handle("GET /stats", a.stats)
 	return a
 }
@@ -287,7 +290,7 @@ func (a *API) send(r *http.Request) (any, error) {
 	if err := decode(r, &body); err != nil {
 		return nil, err
 	}
-	to, err := a.byNumber(body.To, "unknown_recipient")
+	to, err := a.recipient(p, body.To)
 	if err != nil {
 		return nil, err
 	}
@@ -297,7 +300,7 @@ func (a *API) send(r *http.Request) (any, error) {
 	if body.Count != nil && (*body.Count < 1 || *body.Count > maxCount) {
 		return nil, badRequest("count: 1 to %d", maxCount)
 	}
-	ids, err := sendAll(r, p, to.Account(), texts(body.Text, body.Count))
+	ids, err := sendAll(r, to, texts(body.Text, body.Count))
 	if err != nil {
 		return nil, err
 	}
@@ -317,13 +320,13 @@ func texts(text string, count *int) []string {
 }
 
 // sendAll stops when the caller has gone.
-func sendAll(r *http.Request, p *phone.Phone, to *server.Account, list []string) ([]string, error) {
+func sendAll(r *http.Request, send func(string) (string, error), list []string) ([]string, error) {
 	ids := make([]string, 0, len(list))
 	for _, text := range list {
 		if err := r.Context().Err(); err != nil {
 			return nil, err
 		}
-		id, err := p.Send(to, text)
+		id, err := send(text)
 		if err != nil {
 			return nil, err
 		}

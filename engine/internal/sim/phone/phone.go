@@ -16,6 +16,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.mau.fi/libsignal/protocol"
@@ -44,6 +45,11 @@ type Phone struct {
 	// rawID is the same in all device identities that this phone signs.
 	rawID uint32
 
+	// lidMode makes it send to LIDs.
+	lidMode atomic.Bool
+	// groupSend keeps group messages in order.
+	groupSend sync.Mutex
+
 	mu   sync.Mutex
 	view view
 }
@@ -68,6 +74,9 @@ func New(srv *server.Server, number, name string, source random.Source, log *slo
 
 // Account is the phone's account.
 func (p *Phone) Account() *server.Account { return p.account }
+
+// SendToLIDs says whether the phone addresses accounts by LID or by phone number.
+func (p *Phone) SendToLIDs(on bool) { p.lidMode.Store(on) }
 
 // Scan links the client that shows a QR code.
 func (p *Phone) Scan(ctx context.Context, text string) (*server.Device, error) {

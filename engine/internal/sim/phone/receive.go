@@ -34,21 +34,30 @@ type sender struct {
 
 // receiveMessage decrypts a message, shows it and sends the delivery receipt.
 func (p *Phone) receiveMessage(stanza *server.Node) {
-	origin := server.AttrJID(stanza, "from")
-	account := p.srv.Account(origin)
+	wire := originOf(stanza).sender()
+	account := p.srv.Account(wire)
 	if account == nil {
 		return
 	}
 	// The device may have been unlinked since it sent this; its last messages count all the same.
-	from := sender{account, origin.Device}
+	from := sender{account, wire.Device}
 	peer := server.AttrString(stanza, "category") == "peer"
 	if !peer {
 		p.countStanza(account)
 	}
-	for _, enc := range stanza.GetChildrenByTag("enc") {
-		message, err := p.open(from, &enc)
+	encs := stanza.GetChildrenByTag("enc")
+	for i := range encs {
+		message, err := p.open(stanza, from, &encs[i])
+		if err == nil {
+			err = p.learn(from, message.GetSenderKeyDistributionMessage())
+		}
+		if err != nil && i < len(encs)-1 {
+			// What comes before the last part of a group message only carries a key, which may be known already.
+			p.log.Info("sender key not decrypted", "action", "sender_key_lost", "error", err)
+			continue
+		}
 		if err != nil {
-			p.undecryptable(stanza, &enc, from, err)
+			p.undecryptable(stanza, &encs[i], from, err)
 			return
 		}
 		if !peer {
@@ -65,9 +74,16 @@ func (p *Phone) countStanza(account *server.Account) {
 }
 
 // open decrypts one ciphertext.
-func (p *Phone) open(from sender, enc *server.Node) (*waE2E.Message, error) {
+func (p *Phone) open(stanza *server.Node, from sender, enc *server.Node) (*waE2E.Message, error) {
 	ciphertext, _ := enc.Content.([]byte)
-	padded, err := p.vault.decrypt(signalAddress(from.account, from.device), server.AttrString(enc, "type"), ciphertext)
+	kind, address := server.AttrString(enc, "type"), signalAddress(from.account, from.device)
+	var padded []byte
+	var err error
+	if kind == encSenderKey {
+		padded, err = p.vault.decryptGroup(originOf(stanza).chat.String(), address, ciphertext)
+	} else {
+		padded, err = p.vault.decrypt(address, kind, ciphertext)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -84,12 +100,20 @@ func (p *Phone) open(from sender, enc *server.Node) (*waE2E.Message, error) {
 
 // record shows the message if a person would see anything of it.
 func (p *Phone) record(stanza *server.Node, from sender, message *waE2E.Message) {
-	to := p.account
+	to, group := p.account.Number, ""
+	if g := p.srv.Group(originOf(stanza).chat); g != nil {
+		group = g.JID().String()
+		to = group
+	}
 	if copied := message.GetDeviceSentMessage(); copied != nil {
 		message = copied.GetMessage()
 		destination, err := types.ParseJID(copied.GetDestinationJID())
-		if to = p.srv.Account(destination); err != nil || to == nil {
+		account := p.srv.Account(destination)
+		if err != nil || (account == nil && group == "") {
 			return
+		}
+		if group == "" {
+			to = account.Number
 		}
 	}
 	text, kind := classify(message)
@@ -100,9 +124,9 @@ func (p *Phone) record(stanza *server.Node, from sender, message *waE2E.Message)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.view.show(Shown{
-		From: from.account.Number, FromDevice: int(from.device), To: to.Number, MessageID: server.AttrString(stanza, "id"),
+		From: from.account.Number, FromDevice: int(from.device), To: to, Group: group, MessageID: server.AttrString(stanza, "id"),
 		Text: text, Kind: kind, Timestamp: time.Unix(seconds, 0).UTC(),
-	}, server.AttrJID(stanza, "from"))
+	}, originOf(stanza))
 }
 
 // classify returns the text of a text message, and no kind for what shows nothing.
@@ -121,13 +145,16 @@ func classify(m *waE2E.Message) (text, kind string) {
 
 // acknowledge sends the delivery receipt; for what an own device sent it is of another type.
 func (p *Phone) acknowledge(stanza *server.Node, account *server.Account, peer bool) {
-	attrs := server.Attrs{"id": server.AttrString(stanza, "id"), "to": server.AttrJID(stanza, "from")}
+	attrs := server.Attrs{"id": server.AttrString(stanza, "id")}
+	originOf(stanza).address(attrs)
 	switch {
 	case peer:
 		attrs["type"] = string(types.ReceiptTypePeerMsg)
 	case account == p.account:
 		attrs["type"] = string(types.ReceiptTypeSender)
-		attrs["recipient"] = server.AttrJID(stanza, "recipient")
+		if recipient := server.AttrJID(stanza, "recipient"); !recipient.IsEmpty() {
+			attrs["recipient"] = recipient
+		}
 	}
 	p.srv.Submit(p.self, &server.Node{Tag: "receipt", Attrs: attrs})
 }
@@ -170,7 +197,8 @@ func (p *Phone) requestRetry(stanza, enc *server.Node, count int) {
 		bundle.OneTime = &one
 		content = append(content, server.Node{Tag: "keys", Content: bundle.Nodes()})
 	}
-	attrs := server.Attrs{"id": server.AttrString(stanza, "id"), "to": server.AttrJID(stanza, "from"), "type": "retry"}
+	attrs := server.Attrs{"id": server.AttrString(stanza, "id"), "type": "retry"}
+	originOf(stanza).address(attrs)
 	if recipient := server.AttrJID(stanza, "recipient"); !recipient.IsEmpty() {
 		attrs["recipient"] = recipient
 	}
@@ -184,18 +212,18 @@ func (p *Phone) receiveReceipt(stanza *server.Node) {
 		p.resend(stanza)
 		return
 	}
-	origin := server.AttrJID(stanza, "from")
-	account := p.srv.Account(origin)
+	from := originOf(stanza)
+	account := p.srv.Account(from.sender())
 	if account == nil {
 		return
 	}
 	device := account.JID()
-	device.Device = origin.Device
+	device.Device = from.sender().Device
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, id := range server.ReceiptIDs(stanza) {
 		message := p.view.byID[id]
-		if message == nil || message.To != account.Number {
+		if message == nil || !message.concerns(from.chat, account) {
 			continue
 		}
 		// An inactive client's receipt (type inactive) is a delivery too, though phones do not show it as one.
@@ -208,32 +236,39 @@ func (p *Phone) receiveReceipt(stanza *server.Node) {
 	}
 }
 
-// Read sends read receipts for messages from an account: one receipt per address they came from.
+// concerns tells whether a receipt from an account in a chat can be about the message.
+func (m *sentMessage) concerns(chat types.JID, account *server.Account) bool {
+	if m.group != nil {
+		return chat == m.group.JID() && m.group.Has(account)
+	}
+	return m.recipient == account
+}
+
+// Read sends read receipts for messages from an account: one receipt per chat and address they came from.
 func (p *Phone) Read(from *server.Account, messageIDs []string) {
 	p.mu.Lock()
-	var order []types.JID
-	byOrigin := map[types.JID][]string{}
+	var order []origin
+	byOrigin := map[origin][]string{}
 	for _, id := range messageIDs {
-		origin, ok := p.view.origin[messageKey{from.Number, id}]
+		o, ok := p.view.origin[messageKey{from.Number, id}]
 		if !ok {
-			origin = from.JID()
+			o = origin{chat: from.JID()}
 		}
-		origin = origin.ToNonAD()
-		if byOrigin[origin] == nil {
-			order = append(order, origin)
+		o = origin{o.chat.ToNonAD(), o.participant.ToNonAD()}
+		if byOrigin[o] == nil {
+			order = append(order, o)
 		}
-		byOrigin[origin] = append(byOrigin[origin], id)
+		byOrigin[o] = append(byOrigin[o], id)
 	}
 	p.mu.Unlock()
-	for _, origin := range order {
-		p.srv.Submit(p.self, readReceipt(origin, byOrigin[origin]))
+	for _, o := range order {
+		p.srv.Submit(p.self, readReceipt(o, byOrigin[o]))
 	}
 }
 
-func readReceipt(to types.JID, ids []string) *server.Node {
-	receipt := &server.Node{Tag: "receipt", Attrs: server.Attrs{
-		"id": ids[0], "to": to, "type": string(types.ReceiptTypeRead),
-	}}
+func readReceipt(to origin, ids []string) *server.Node {
+	receipt := &server.Node{Tag: "receipt", Attrs: server.Attrs{"id": ids[0], "type": string(types.ReceiptTypeRead)}}
+	to.address(receipt.Attrs)
 	if len(ids) > 1 {
 		items := make([]server.Node, len(ids)-1)
 		for i, id := range ids[1:] {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"strconv"
 
 	"go.mau.fi/whatsmeow/proto/waE2E"
@@ -23,8 +22,11 @@ var ErrRefused = errors.New("the server refused the message")
 // Send sends a text to every device of an account and, as a copy, to every other device of the own one. It returns when
 // the server has the message.
 func (p *Phone) Send(to *server.Account, text string) (messageID string, err error) {
-	message := &sentMessage{Sent: Sent{MessageID: p.newMessageID(), To: to.Number}, recipient: to, text: text}
-	plain, copied, err := encode(to, text)
+	lidMode := p.lidMode.Load()
+	message := &sentMessage{
+		Sent: Sent{MessageID: p.newMessageID(), To: to.Number}, recipient: to, lidMode: lidMode, text: text,
+	}
+	plain, copied, err := message.encode()
 	if err != nil {
 		return "", err
 	}
@@ -38,14 +40,18 @@ func (p *Phone) Send(to *server.Account, text string) (messageID string, err err
 		if err != nil {
 			return "", fmt.Errorf("encrypt for %s: %w", target.JID(), err)
 		}
-		participants = append(participants, server.Node{Tag: "to", Attrs: server.Attrs{"jid": target.JID()}, Content: []server.Node{enc}})
+		participants = append(participants, server.Node{Tag: "to", Attrs: server.Attrs{"jid": target.Address(lidMode)}, Content: []server.Node{enc}})
 	}
-	p.remember(message)
-	code, _ := p.srv.Submit(p.self, &server.Node{
+	return p.submit(message, server.Node{
 		Tag:     "message",
-		Attrs:   server.Attrs{"id": message.MessageID, "to": to.JID(), "type": "text"},
+		Attrs:   server.Attrs{"id": message.MessageID, "to": to.Address(lidMode), "type": "text"},
 		Content: []server.Node{{Tag: "participants", Content: participants}},
 	})
+}
+
+func (p *Phone) submit(message *sentMessage, stanza server.Node) (messageID string, err error) {
+	p.remember(message)
+	code, _ := p.srv.Submit(p.self, &stanza)
 	if code != 0 {
 		return "", fmt.Errorf("%w: %d", ErrRefused, code)
 	}
@@ -79,13 +85,13 @@ func (p *Phone) targets(to *server.Account) []*server.Device {
 }
 
 // encode makes the plaintext for the recipient, and the one for the own devices, which says whom it was sent to.
-func encode(to *server.Account, text string) (plain, copied []byte, err error) {
-	message := &waE2E.Message{Conversation: proto.String(text)}
+func (m *sentMessage) encode() (plain, copied []byte, err error) {
+	message := &waE2E.Message{Conversation: proto.String(m.text)}
 	if plain, err = proto.Marshal(message); err != nil {
 		return nil, nil, err
 	}
 	copied, err = proto.Marshal(&waE2E.Message{DeviceSentMessage: &waE2E.DeviceSentMessage{
-		DestinationJID: proto.String(to.JID().String()), Message: message,
+		DestinationJID: proto.String(m.recipient.Address(m.lidMode).String()), Message: message,
 	}})
 	return plain, copied, err
 }
@@ -99,7 +105,7 @@ func (p *Phone) encryptFor(target *server.Device, plaintext []byte) (server.Node
 			return server.Node{}, err
 		}
 	}
-	kind, ciphertext, err := p.vault.encrypt(address, pad(plaintext))
+	kind, ciphertext, err := p.vault.encrypt(address, p.pad(plaintext))
 	if err != nil {
 		return server.Node{}, err
 	}
@@ -107,8 +113,8 @@ func (p *Phone) encryptFor(target *server.Device, plaintext []byte) (server.Node
 }
 
 // pad appends 1 to 15 bytes that say how many they are (whatsmeow message.go, padMessage).
-func pad(plaintext []byte) []byte {
-	n := 1 + rand.IntN(15)
+func (p *Phone) pad(plaintext []byte) []byte {
+	n := 1 + int(p.random.Uint32(15))
 	return append(bytes.Clone(plaintext), bytes.Repeat([]byte{byte(n)}, n)...)
 }
 
@@ -125,32 +131,35 @@ func unpad(padded []byte) ([]byte, error) {
 
 // resend answers a retry receipt: the same message id, in a new session, for the one device that asked.
 func (p *Phone) resend(receipt *server.Node) {
-	origin := server.AttrJID(receipt, "from")
-	account := p.srv.Account(origin)
+	from := originOf(receipt)
+	account := p.srv.Account(from.sender())
 	if account == nil {
 		return
 	}
-	target := account.Device(origin.Device)
+	target := account.Device(from.sender().Device)
 	message := p.allowResend(receipt)
 	if target == nil || message == nil {
 		return
 	}
-	to := message.recipient
-	enc, err := p.reencrypt(receipt, target, to, message.text)
+	enc, err := p.reencrypt(receipt, target, message)
 	if err != nil {
 		p.log.Warn("resend failed", "action", "resend_failed", "error", err)
 		return
 	}
-	attrs := server.Attrs{"id": server.AttrString(receipt, "id"), "to": origin, "type": "text", "device_fanout": false}
-	if account == p.account {
-		attrs["recipient"] = to.JID()
+	attrs := server.Attrs{"id": server.AttrString(receipt, "id"), "type": "text"}
+	from.address(attrs)
+	if message.group == nil {
+		attrs["device_fanout"] = false
+		if account == p.account {
+			attrs["recipient"] = message.recipient.Address(message.lidMode)
+		}
 	}
 	p.srv.Submit(p.self, &server.Node{Tag: "message", Attrs: attrs, Content: []server.Node{enc}})
 }
 
 // allowResend finds the message, unless it was asked for too often, and counts the request.
 func (p *Phone) allowResend(receipt *server.Node) *sentMessage {
-	origin := server.AttrJID(receipt, "from")
+	origin := originOf(receipt).sender()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	message := p.view.byID[server.AttrString(receipt, "id")]
@@ -164,13 +173,10 @@ func (p *Phone) allowResend(receipt *server.Node) *sentMessage {
 	return message
 }
 
-func (p *Phone) reencrypt(receipt *server.Node, target *server.Device, to *server.Account, text string) (server.Node, error) {
-	plain, copied, err := encode(to, text)
+func (p *Phone) reencrypt(receipt *server.Node, target *server.Device, message *sentMessage) (server.Node, error) {
+	plain, err := p.plaintextFor(target, message)
 	if err != nil {
 		return server.Node{}, err
-	}
-	if target.Account == p.account {
-		plain = copied
 	}
 	bundle, given := server.ParseRetryBundle(receipt)
 	if !given {
@@ -187,4 +193,21 @@ func (p *Phone) reencrypt(receipt *server.Node, target *server.Device, to *serve
 	count, _ := strconv.Atoi(server.AttrString(&retry, "count")) // 0 if it is missing: then the resend is unnumbered
 	enc.Attrs["count"] = count
 	return enc, nil
+}
+
+// plaintextFor is what one device gets when it asks for a message again: of a group message the text itself, with the
+// sender key that the device may lack.
+func (p *Phone) plaintextFor(target *server.Device, message *sentMessage) ([]byte, error) {
+	if message.group != nil {
+		key, err := p.senderKey(message.group)
+		if err != nil {
+			return nil, err
+		}
+		return proto.Marshal(&waE2E.Message{Conversation: proto.String(message.text), SenderKeyDistributionMessage: key})
+	}
+	plain, copied, err := message.encode()
+	if target.Account == p.account {
+		plain = copied
+	}
+	return plain, err
 }

@@ -71,6 +71,7 @@ func newVault(stream *random.Stream) *vault {
 		signed:         signed,
 		preKeys:        map[uint32]*keys.PreKey{},
 		sessions:       map[string]*record.SessionStructure{},
+		senderKeys:     map[senderKeyID]*groupRecord.SenderKey{},
 	}}
 }
 
@@ -229,7 +230,8 @@ type store struct {
 	lastPreKey     uint32
 	// sessions are kept as structures, not as records: libsignal changes a record while it decrypts, even when it fails in
 	// the end. A structure is built anew at every save and read at every load, without the cost of JSON.
-	sessions map[string]*record.SessionStructure
+	sessions   map[string]*record.SessionStructure
+	senderKeys map[senderKeyID]*groupRecord.SenderKey
 }
 
 func (s *store) GetIdentityKeyPair() *identity.KeyPair {
@@ -317,14 +319,6 @@ func (s *store) ContainsSignedPreKey(_ context.Context, id uint32) (bool, error)
 }
 
 func (s *store) RemoveSignedPreKey(context.Context, uint32) error { return errUnsupported }
-
-func (s *store) StoreSenderKey(context.Context, *protocol.SenderKeyName, *groupRecord.SenderKey) error {
-	return errUnsupported
-}
-
-func (s *store) LoadSenderKey(context.Context, *protocol.SenderKeyName) (*groupRecord.SenderKey, error) {
-	return nil, errUnsupported
-}
 
 func ecPair(key *keys.KeyPair) *ecc.ECKeyPair {
 	return ecc.NewECKeyPair(ecc.NewDjbECPublicKey(*key.Pub), ecc.NewDjbECPrivateKey(*key.Priv))

@@ -17,8 +17,10 @@ type Shown struct {
 	// From is the sender's number; the phone's own number for what a linked device of its own account sent.
 	From       string `json:"from"`
 	FromDevice int    `json:"from_device"`
-	// To is the number of the account that the message is for.
-	To        string    `json:"to"`
+	// To is the number of the account that the message is for, or the address of the group.
+	To string `json:"to"`
+	// Group is the address of the group, "" for a message to one account.
+	Group     string    `json:"group"`
 	MessageID string    `json:"message_id"`
 	Text      string    `json:"text"`
 	Kind      string    `json:"kind"`
@@ -37,7 +39,7 @@ type Sent struct {
 	MessageID string `json:"message_id"`
 	To        string `json:"to"`
 	ServerAck bool   `json:"server_ack"`
-	// DeliveredTo and ReadBy are devices of the recipient's account, by phone number.
+	// DeliveredTo and ReadBy are devices of the recipient's account, or of the group's other members, by phone number.
 	DeliveredTo []string `json:"delivered_to"`
 	ReadBy      []string `json:"read_by"`
 }
@@ -45,13 +47,38 @@ type Sent struct {
 // view is what the person sees, and what the phone keeps for it.
 type view struct {
 	shown []Shown
-	// origin is the wire address of each shown message's sender: receipts go there.
-	origin map[messageKey]types.JID
+	// origin is where each shown message came from: receipts go there.
+	origin map[messageKey]origin
 	counts map[string]*counts
 	sent   []*sentMessage
 	byID   map[string]*sentMessage
 	// failures counts the retry receipts sent per message.
 	failures map[messageKey]int
+	// senderKeyAt are the devices that have got the phone's sender key.
+	senderKeyAt map[*server.Group]map[*server.Device]bool
+}
+
+// origin is the addresses on the wire: the chat, and in a group the sender in it.
+type origin struct{ chat, participant types.JID }
+
+func originOf(stanza *server.Node) origin {
+	return origin{server.AttrJID(stanza, "from"), server.AttrJID(stanza, "participant")}
+}
+
+// sender is who sent it.
+func (o origin) sender() types.JID {
+	if o.chat.Server == types.GroupServer {
+		return o.participant
+	}
+	return o.chat
+}
+
+// address puts the addresses into what goes back there.
+func (o origin) address(attrs server.Attrs) {
+	attrs["to"] = o.chat
+	if !o.participant.IsEmpty() {
+		attrs["participant"] = o.participant
+	}
 }
 
 type messageKey struct{ account, id string }
@@ -61,14 +88,17 @@ type counts struct{ stanzas, undecryptable int }
 // sentMessage keeps the plaintext: a device that could not decrypt asks for the message again.
 type sentMessage struct {
 	Sent
+	// recipient or group is set.
 	recipient *server.Account
+	group     *server.Group
+	lidMode   bool
 	text      string
 	resends   map[types.JID]int
 }
 
 func newView() view {
 	return view{
-		origin: map[messageKey]types.JID{}, counts: map[string]*counts{},
+		origin: map[messageKey]origin{}, senderKeyAt: map[*server.Group]map[*server.Device]bool{}, counts: map[string]*counts{},
 		byID: map[string]*sentMessage{}, failures: map[messageKey]int{},
 	}
 }
@@ -83,14 +113,14 @@ func (v *view) count(account string) *counts {
 }
 
 // show adds a message, unless the person has seen it.
-func (v *view) show(m Shown, origin types.JID) {
+func (v *view) show(m Shown, from origin) {
 	key := messageKey{m.From, m.MessageID}
 	if _, seen := v.origin[key]; seen {
 		return
 	}
 	m.Index = len(v.shown) + 1
 	v.shown = append(v.shown, m)
-	v.origin[key] = origin
+	v.origin[key] = from
 }
 
 // Received returns what arrived, from one account ("" is all), shown after an index.

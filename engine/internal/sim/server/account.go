@@ -58,8 +58,8 @@ func (a *Account) JID() types.JID { return types.NewJID(a.Number, types.DefaultU
 // LIDJID is the account's hidden address.
 func (a *Account) LIDJID() types.JID { return types.NewJID(a.LID, types.HiddenUserServer) }
 
-// address is the account's address of either kind.
-func (a *Account) address(lidMode bool) types.JID {
+// Address is the account's address of either kind.
+func (a *Account) Address(lidMode bool) types.JID {
 	if lidMode {
 		return a.LIDJID()
 	}
@@ -155,7 +155,7 @@ func (a *Account) change(verb string, d *Device) deviceChange {
 func (a *Account) listHash(lidMode bool) string {
 	list := make([]string, 0, len(a.devices))
 	for _, d := range a.devices {
-		list = append(list, d.address(lidMode).ADString())
+		list = append(list, d.Address(lidMode).ADString())
 	}
 	sort.Strings(list)
 	sum := sha256.Sum256([]byte(strings.Join(list, "")))

@@ -26,10 +26,11 @@ type Device struct {
 }
 
 // JID is the device's phone-number address; the primary device's has no device part.
-func (d *Device) JID() types.JID { return d.address(false) }
+func (d *Device) JID() types.JID { return d.Address(false) }
 
-func (d *Device) address(lidMode bool) types.JID {
-	jid := d.Account.address(lidMode)
+// Address is the device's address of either kind.
+func (d *Device) Address(lidMode bool) types.JID {
+	jid := d.Account.Address(lidMode)
 	jid.Device = d.ID
 	return jid
 }

@@ -36,8 +36,9 @@ var iqHandlers = map[string]iqHandler{
 	"privacy privacy":            privacySettings,
 	"abt props":                  abProps,
 	"md remove-companion-device": removeCompanion,
-	"w:g2 participating":         noGroups,
-	"w:g2 query":                 unknownGroup,
+	"w:g2 participating":         ownGroups,
+	"w:g2 query":                 describeGroup,
+	"w:g2 create":                createGroup,
 }
 
 // handleIQ answers a query; an unanswered one costs a client its timeout (75 s in whatsmeow).
@@ -188,18 +189,10 @@ func abProps(*client, *Device, *Node, *Node) ([]Node, *iqError) {
 // removeCompanion is the client's logout; dispatchIQ removes the device once the answer is on its way.
 func removeCompanion(_ *client, device *Device, _, remove *Node) ([]Node, *iqError) {
 	target := AttrJID(remove, "jid")
-	if target.Device == 0 || device.Account.Device(target.Device) == nil || target.User != device.address(target.Server == types.HiddenUserServer).User {
+	if target.Device == 0 || device.Account.Device(target.Device) == nil || target.User != device.Address(target.Server == types.HiddenUserServer).User {
 		return nil, errItemNotFound
 	}
 	return nil, nil
-}
-
-func noGroups(*client, *Device, *Node, *Node) ([]Node, *iqError) {
-	return []Node{{Tag: "groups"}}, nil
-}
-
-func unknownGroup(*client, *Device, *Node, *Node) ([]Node, *iqError) {
-	return nil, errItemNotFound
 }
 
 // usync answers questions about users: devices, LIDs, whether a number has an account.

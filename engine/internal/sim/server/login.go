@@ -91,7 +91,7 @@ func (c *client) login(number string, id uint32) {
 	// The writer takes nothing from the mailbox before attached is set, and sends replies first: success is the first
 	// stanza of the connection.
 	c.answer(Node{Tag: "success", Attrs: Attrs{
-		"t": time.Now().Unix(), "lid": device.address(true), "location": "sim",
+		"t": time.Now().Unix(), "lid": device.Address(true), "location": "sim",
 	}})
 	c.attached.Store(&attachment{device: device, offline: offline})
 	c.nudge()

@@ -197,7 +197,7 @@ func pairSuccess(claim *claim, container []byte) Node {
 		"from": types.ServerJID, "type": "set", "id": claim.iqID, "xmlns": "md", "t": time.Now().Unix(),
 	}, Content: []Node{{Tag: "pair-success", Content: []Node{
 		{Tag: "device-identity", Content: container},
-		{Tag: "device", Attrs: Attrs{"jid": claim.device.JID(), "lid": claim.device.address(true)}},
+		{Tag: "device", Attrs: Attrs{"jid": claim.device.JID(), "lid": claim.device.Address(true)}},
 		{Tag: "platform", Attrs: Attrs{"name": "android"}},
 	}}}}
 }

@@ -57,6 +57,9 @@ func deliverAll(deliveries []delivery) {
 // the one device that the message is addressed to (peer messages, answers to retry receipts).
 func (s *Server) plan(from *Device, node *Node, at time.Time) ([]delivery, int) {
 	to := AttrJID(node, "to")
+	if to.Server == types.GroupServer {
+		return s.planGroup(from, node, at)
+	}
 	if s.Account(to) == nil {
 		return nil, ackNoRecipient
 	}
@@ -79,7 +82,7 @@ func (s *Server) envelope(from, target *Device, node, holder *Node, at time.Time
 	to := AttrJID(node, "to")
 	lidMode := to.Server == types.HiddenUserServer
 	attrs := Attrs{
-		"from": from.address(lidMode), "id": AttrString(node, "id"), "type": AttrString(node, "type"),
+		"from": from.Address(lidMode), "id": AttrString(node, "id"), "type": AttrString(node, "type"),
 		"t": at.Unix(), "notify": from.Account.Name,
 	}
 	for _, key := range []string{"edit", "category"} {
@@ -100,7 +103,7 @@ func (s *Server) envelope(from, target *Device, node, holder *Node, at time.Time
 	id := AttrString(node, "id")
 	return delivery{
 		target: target,
-		node:   Node{Tag: "message", Attrs: attrs, Content: payload(node, holder)},
+		node:   Node{Tag: "message", Attrs: attrs, Content: payload(node, holder.GetChildrenByTag("enc"))},
 		key:    settleKey{class: "message", id: id, peer: from.Account.Number},
 	}
 }
@@ -127,8 +130,7 @@ func (s *Server) addressOwn(attrs Attrs, node *Node, to types.JID) {
 }
 
 // payload is a device's ciphertexts, and what the sender proves its device with if one of them starts a session.
-func payload(node, holder *Node) []Node {
-	content := holder.GetChildrenByTag("enc")
+func payload(node *Node, content []Node) []Node {
 	preKey := false
 	for i := range content {
 		preKey = preKey || AttrString(&content[i], "type") == "pkmsg"
@@ -145,23 +147,27 @@ func payload(node, holder *Node) []Node {
 // submitReceipt settles what the receipt is about and passes it on: a retry request, or a receipt for a copy, to the
 // device that sent the message; any other to all devices of the sender's account, because all of them show the ticks.
 func (s *Server) submitReceipt(from *Device, node *Node) {
-	to := AttrJID(node, "to")
+	to, participant := AttrJID(node, "to"), AttrJID(node, "participant")
 	kind := AttrString(node, "type")
 	if kind != "retry" {
 		for _, id := range ReceiptIDs(node) {
-			from.settle(settleKey{class: "message", id: id, peer: s.peerKey(to)})
+			from.settle(settleKey{class: "message", id: id, peer: s.peerOf(to, participant)})
 		}
 	}
-	account := s.Account(to)
+	sender := to
+	if to.Server == types.GroupServer {
+		sender = participant
+	}
+	account := s.Account(sender)
 	if account == nil {
 		return
 	}
 	targets := account.Devices()
 	if kind == "retry" || account == from.Account {
-		targets = []*Device{account.Device(to.Device)}
+		targets = []*Device{account.Device(sender.Device)}
 	}
-	stanza := s.stampReceipt(from, node, to)
-	key := settleKey{class: "receipt", id: AttrString(node, "id"), peer: from.Account.Number, kind: kind}
+	stanza, peer := s.stampReceipt(from, node, to)
+	key := settleKey{class: "receipt", id: AttrString(node, "id"), peer: peer, kind: kind}
 	for _, target := range targets {
 		if target != nil && target != from {
 			target.deliver(stanza, key)
@@ -169,9 +175,15 @@ func (s *Server) submitReceipt(from *Device, node *Node) {
 	}
 }
 
-func (s *Server) stampReceipt(from *Device, node *Node, to types.JID) Node {
-	attrs := Attrs{
-		"from": from.address(to.Server == types.HiddenUserServer), "id": AttrString(node, "id"), "t": time.Now().Unix(),
+// stampReceipt is a receipt as it is passed on, and who it comes from: in a group, the participant there.
+func (s *Server) stampReceipt(from *Device, node *Node, to types.JID) (stanza Node, peer string) {
+	attrs := Attrs{"id": AttrString(node, "id"), "t": time.Now().Unix()}
+	if to.Server == types.GroupServer {
+		attrs["from"], attrs["participant"] = to, from.Address(true)
+		peer = s.peerOf(to, from.Address(true))
+	} else {
+		attrs["from"] = from.Address(to.Server == types.HiddenUserServer)
+		peer = from.Account.Number
 	}
 	for _, key := range []string{"type", "category"} {
 		if value := AttrString(node, key); value != "" {
@@ -181,7 +193,7 @@ func (s *Server) stampReceipt(from *Device, node *Node, to types.JID) Node {
 	if recipient := AttrJID(node, "recipient"); !recipient.IsEmpty() {
 		attrs["recipient"] = recipient
 	}
-	return Node{Tag: "receipt", Attrs: attrs, Content: node.Content}
+	return Node{Tag: "receipt", Attrs: attrs, Content: node.Content}, peer
 }
 
 // ReceiptIDs are the messages a receipt is about: its id and those of its `<list>`.
@@ -199,7 +211,10 @@ func ReceiptIDs(node *Node) []string {
 
 // settleAck settles what an ack is about. A nack (with an error) settles too: the client has taken note.
 func (s *Server) settleAck(from *Device, node *Node) {
-	key := settleKey{class: AttrString(node, "class"), id: AttrString(node, "id"), peer: s.peerKey(AttrJID(node, "to"))}
+	key := settleKey{
+		class: AttrString(node, "class"), id: AttrString(node, "id"),
+		peer: s.peerOf(AttrJID(node, "to"), AttrJID(node, "participant")),
+	}
 	if key.class == "receipt" {
 		key.kind = AttrString(node, "type")
 	}

@@ -53,6 +53,7 @@ type Server struct {
 	mu       sync.RWMutex
 	byNumber map[string]*Account
 	byLID    map[string]*Account
+	groups   map[string]*Group
 	closed   bool
 	// refs are the QR references on show, each with the client that shows it.
 	refs map[string]*client
@@ -72,7 +73,7 @@ type Server struct {
 func New(identity *noise.Identity, writeTimeout time.Duration, source random.Source, log *slog.Logger) *Server {
 	s := &Server{
 		log: log, identity: identity, writeTimeout: writeTimeout,
-		byNumber: map[string]*Account{}, byLID: map[string]*Account{}, refs: map[string]*client{},
+		byNumber: map[string]*Account{}, byLID: map[string]*Account{}, groups: map[string]*Group{}, refs: map[string]*client{},
 		codes: map[string]*CodeOffer{}, random: source.Stream("server"),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
@@ -188,6 +189,14 @@ func (s *Server) notify(d *Device, from types.JID, kind string, content ...Node)
 	}, Content: content}, settleKey{class: "notification", id: id, peer: s.peerKey(from)})
 }
 
+// peerOf is who a stanza came from: in a group, its participant there.
+func (s *Server) peerOf(chat, participant types.JID) string {
+	if chat.Server == types.GroupServer && !participant.IsEmpty() {
+		return chat.String() + "/" + s.peerKey(participant)
+	}
+	return s.peerKey(chat)
+}
+
 // announce tells everybody who knows the device list that it changed.
 func (s *Server) announce(c deviceChange) {
 	for _, w := range c.watchers {
@@ -195,9 +204,9 @@ func (s *Server) announce(c deviceChange) {
 		if w.lidMode {
 			hash = c.lidHash
 		}
-		s.notify(w.device, c.device.Account.address(w.lidMode), "devices", Node{
+		s.notify(w.device, c.device.Account.Address(w.lidMode), "devices", Node{
 			Tag: c.verb, Attrs: Attrs{"device_hash": hash},
-			Content: []Node{{Tag: "device", Attrs: Attrs{"jid": c.device.address(w.lidMode), "key-index": c.device.KeyIndex}}},
+			Content: []Node{{Tag: "device", Attrs: Attrs{"jid": c.device.Address(w.lidMode), "key-index": c.device.KeyIndex}}},
 		})
 	}
 }
