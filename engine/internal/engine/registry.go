@@ -5,6 +5,7 @@ package engine
 import (
 	"errors"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 
 	"warren/engine/internal/frames"
@@ -26,8 +27,8 @@ type entry struct {
 }
 
 func (e *Engine) open(r *frames.Request) {
-	if r.Session == "" || r.Generation <= 0 || !filepath.IsAbs(r.Dir) {
-		e.reply(r, nil, frames.Errorf(frames.CodeBadRequest, "open needs a session, a positive generation and an absolute dir"))
+	if err := checkOpen(r); err != nil {
+		e.reply(r, nil, err)
 		return
 	}
 	fresh, previous, err := e.reserve(r)
@@ -36,6 +37,19 @@ func (e *Engine) open(r *frames.Request) {
 		return
 	}
 	go e.serve(r, fresh, previous)
+}
+
+// phonePattern is a number in international form: E.164 without its plus sign. whatsmeow refuses less than seven digits.
+var phonePattern = regexp.MustCompile(`^[1-9][0-9]{6,14}$`)
+
+func checkOpen(r *frames.Request) *frames.Error {
+	switch {
+	case r.Session == "" || r.Generation <= 0 || !filepath.IsAbs(r.Dir):
+		return frames.Errorf(frames.CodeBadRequest, "open needs a session, a positive generation and an absolute dir")
+	case r.PhoneNumber != "" && !phonePattern.MatchString(r.PhoneNumber):
+		return frames.Errorf(frames.CodeBadRequest, "phone_number must have 7 to 15 digits, in international form and without a plus sign")
+	}
+	return nil
 }
 
 // reserve puts a new entry in the registry. previous is the generation before it, if that is still closing.
@@ -102,6 +116,7 @@ func (e *Engine) openSession(r *frames.Request) (s *session.Session, failure *fr
 	}()
 	s, err := session.Open(e.ctx, e.cfg, session.Options{
 		Session: r.Session, Generation: r.Generation, Dir: r.Dir, Create: r.Create, DeviceName: r.DeviceName,
+		PhoneNumber: r.PhoneNumber,
 	})
 	if err == nil {
 		return s, nil

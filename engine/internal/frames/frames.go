@@ -52,9 +52,10 @@ type Request struct {
 	Session    string `json:"session"`
 	Generation int64  `json:"generation"`
 
-	Dir        string `json:"dir"`
-	Create     bool   `json:"create"`
-	DeviceName string `json:"device_name"`
+	Dir         string `json:"dir"`
+	Create      bool   `json:"create"`
+	DeviceName  string `json:"device_name"`
+	PhoneNumber string `json:"phone_number"`
 
 	MessageID string `json:"message_id"`
 	To        string `json:"to"`

@@ -37,11 +37,12 @@ type keepaliveData struct {
 // refusal is a 5xx code that whatsmeow keeps to itself.
 type refusal struct{ code int }
 
-// pairing is the state of the QR flow.
+// pairing is the state of the QR or code flow.
 type pairing struct {
 	codes    []string
 	shown    int
-	announce bool // the paired event has been sent
+	expires  time.Time // of a pairing code
+	announce bool      // the paired event has been sent
 }
 
 // post hands something to the loop. The queue has room for everything that happens once; what repeats is dropped when the daemon does not read.
@@ -84,8 +85,14 @@ func stoppedTimer() *time.Timer {
 func (s *Session) serve(signal any, qr, limit *time.Timer) {
 	switch signal := signal.(type) {
 	case *events.QR:
+		if s.PhoneNumber != "" {
+			s.askForCode(signal.Codes, qr)
+			return
+		}
 		s.pairing.codes, s.pairing.shown = signal.Codes, 0
 		s.showQR(qr)
+	case pairingCode:
+		s.showCode(signal)
 	case *events.PairSuccess:
 		qr.Stop()
 		s.checkpoint(0)
@@ -134,7 +141,7 @@ func (s *Session) announcePaired() {
 func (s *Session) showQR(timer *time.Timer) {
 	p := &s.pairing
 	if p.shown == len(p.codes) {
-		s.finish(disconnected(reasonQRExpired, 0, "none of the %d QR codes was scanned in time", len(p.codes)))
+		s.finish(s.pairingExpired())
 		return
 	}
 	ttl := s.cfg.Timing.QRNext
@@ -145,6 +152,13 @@ func (s *Session) showQR(timer *time.Timer) {
 	p.shown++
 	timer.Reset(ttl)
 	s.emit(s.ctx, "qr", qrData{Code: code, TTLMS: ttl.Milliseconds(), Remaining: len(p.codes) - p.shown})
+}
+
+func (s *Session) pairingExpired() *ending {
+	if s.PhoneNumber != "" {
+		return disconnected(reasonQRExpired, 0, "the pairing code was not entered in time")
+	}
+	return disconnected(reasonQRExpired, 0, "none of the %d QR codes was scanned in time", len(s.pairing.codes))
 }
 
 // overdue is the ending for a connection that WhatsApp should have ended.

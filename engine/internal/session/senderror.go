@@ -15,6 +15,7 @@ import (
 
 // Codes of refused sends.
 const (
+	codeBadRequest  = 400
 	codeRateLimited = 429
 	codeRestricted  = 463
 	codeNotFound    = 404

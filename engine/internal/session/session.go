@@ -87,6 +87,8 @@ type Options struct {
 	Dir        string
 	Create     bool
 	DeviceName string
+	// PhoneNumber, digits in international form, pairs by code instead of by QR. A paired session ignores it.
+	PhoneNumber string
 }
 
 // Session is one generation.

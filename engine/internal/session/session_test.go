@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -125,6 +126,70 @@ func TestQRRotation(t *testing.T) {
 	for i := range want {
 		if got[i].Data != want[i] {
 			t.Errorf("%v instead of %v", got[i].Data, want[i])
+		}
+	}
+}
+
+func TestPairingCode(t *testing.T) {
+	for name, c := range map[string]struct {
+		answer  pairingCode
+		reason  string
+		message string
+		code    int
+	}{
+		"shown until the QR codes would end": {pairingCode{code: "ABCD-1234"}, reasonQRExpired, "was not entered", 0},
+		"bad number":                         {pairingCode{err: &whatsmeow.IQError{Code: 400}}, reasonPairingFailed, "phone number", 400},
+		"rate limit":                         {pairingCode{err: fmt.Errorf("asked: %w", &whatsmeow.IQError{Code: 429})}, reasonPairingFailed, "too many codes", 429},
+		"not international":                  {pairingCode{err: whatsmeow.ErrPhoneNumberIsNotInternational}, reasonPairingFailed, "international", 0},
+		"silence":                            {pairingCode{err: context.DeadlineExceeded}, reasonPairingFailed, "in time", 0},
+		"the connection went":                {pairingCode{err: whatsmeow.ErrNotConnected}, reasonQRExpired, "", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, out := newSession(t, quick())
+			s.PhoneNumber = "15550001"
+			timer := stoppedTimer()
+			s.pairing.codes, s.pairing.shown = []string{"a", "b"}, 2 // as asked already
+			s.pairing.expires = time.Now().Add(40 * time.Millisecond)
+			s.serve(&events.QR{Codes: []string{"a", "b"}}, timer, stoppedTimer())
+			s.serve(c.answer, timer, stoppedTimer())
+			if !s.Ending() {
+				s.showQR(timer) // as when time is up
+			}
+			data := s.currentEnding().data.(disconnectedData)
+			if data.Reason != c.reason || !strings.Contains(data.Message, c.message) || data.Code != c.code {
+				t.Errorf("%+v", data)
+			}
+			shown := out.named("pairing_code")
+			if len(out.named("qr")) != 0 || (len(shown) == 1) != (c.answer.err == nil) {
+				t.Fatalf("%v", out.events)
+			}
+			if len(shown) == 1 {
+				if got := shown[0].Data.(pairingCodeData); got.Code != "ABCD-1234" || got.TTLMS <= 0 || got.TTLMS > 40 {
+					t.Errorf("%+v", got)
+				}
+			}
+		})
+	}
+}
+
+// TestPairingCodeWithoutAConnection runs the real request, which cannot succeed.
+func TestPairingCodeWithoutAConnection(t *testing.T) {
+	s, out := newSession(t, quick())
+	s.PhoneNumber = "15550001"
+	start := time.Now()
+	s.handle(&events.QR{Codes: []string{"a", "b"}})
+	if end := runLoop(t, s); reasonOf(end) != reasonQRExpired || time.Since(start) < 40*time.Millisecond {
+		t.Errorf("%+v after %s", end, time.Since(start))
+	}
+	if len(out.events) != 0 {
+		t.Errorf("%v", out.events)
+	}
+}
+
+func TestDisplayName(t *testing.T) {
+	for name, want := range map[string]string{"": "Chrome (Linux)", "Warren": "Chrome (Linux)", "Edge (Windows)": "Edge (Windows)", "Edge (x)": "Chrome (Linux)"} {
+		if got := displayName(name); got != want {
+			t.Errorf("%q: %q", name, got)
 		}
 	}
 }
