@@ -17,7 +17,7 @@ import orjson
 from warren import __version__
 from warren.cli_text import account, because, columns, event_line, outcome_text, parse_time, sessions_table
 from warren.client import Client, NoAnswer, Subscription, broker_address
-from warren.core.envelope import Outcome
+from warren.core.envelope import CreateArgs, Outcome
 from warren.core.machine import State
 from warren.core.names import is_session_id
 from warren.edges.settings import Settings, find_engine_binary, load_settings
@@ -214,6 +214,18 @@ class Pairing:
             print(data.get("code"), flush=True)
         self.tick()
 
+    def pairing_code(self, data: dict[str, Any]) -> None:
+        """The other way to link: a code to type into the phone."""
+        self.clear()
+        if self._json:
+            _print_json({"event": "pairing_code", "data": data})
+        elif self._screen is None:
+            print(data.get("code"), flush=True)
+        else:
+            left = max(0, round((parse_time(data["expires_at"]) - datetime.now(UTC)).total_seconds()))
+            where = f"on {data.get('phone_number')}: WhatsApp > Linked devices > Link with phone number"
+            print(printable(f"{self._session}: type {data.get('code')} within {left} s {where}"), flush=True)
+
     def tick(self) -> None:
         """Count down."""
         if self._screen is not None and self._qr is not None:
@@ -277,6 +289,8 @@ async def _until_connected(session: str, client: Client, view: Pairing) -> None:
         status = outcome.result
         if status.get("qr"):
             view.qr(status["qr"])
+        elif status.get("pairing_code"):
+            view.pairing_code(status["pairing_code"])
         elif _arrived(session, view, status):
             return
         async for event in _with_ticks(subscription, view.tick):
@@ -286,6 +300,8 @@ async def _until_connected(session: str, client: Client, view: Pairing) -> None:
             data = event.get("data") or {}
             if event["type"] == "warren.qr":
                 view.qr(data)
+            elif event["type"] == "warren.pairing_code":
+                view.pairing_code(data)
             elif "state" in data and _arrived(session, view, data):
                 return
 
@@ -486,13 +502,17 @@ def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser
         return sub
 
     def create_args(args: argparse.Namespace) -> dict[str, Any]:
-        return {} if args.device_name is None else {"device_name": args.device_name}
+        given = {name: getattr(args, name) for name in CreateArgs.model_fields}
+        return {name: value for name, value in given.items() if value is not None}
 
     create = with_id(
         add(where, "create", _command("create", create_args), "start a session", "warren session create acme --wait")
     )
     create.add_argument("--device-name", metavar="NAME", help="what the phone shows under Linked devices")
-    create.add_argument("--wait", action="store_true", help="draw the QR code and wait until connected")
+    create.add_argument("--phone-number", metavar="+NUMBER", help="pair by a code typed into this phone, instead of a QR code")
+    create.add_argument("--mark-online", action=argparse.BooleanOptionalAction, help="whether contacts see the account as online")
+    create.add_argument("--proxy", metavar="URL", help="connect through http://, https:// or socks5://[user:password@]host:port")
+    create.add_argument("--wait", action="store_true", help="show the QR or pairing code and wait until connected")
 
     send = with_id(
         add(
