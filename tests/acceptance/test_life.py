@@ -123,7 +123,7 @@ async def test_dropped_connection_comes_back(tmp_path: Path, broker: Broker, pre
         await rig.got.event("connected", "acme", after=after)
 
 
-async def _traffic(rig: Rig, sessions: list[str], count: int) -> None:
+async def traffic(rig: Rig, sessions: list[str], count: int) -> None:
     """`count` messages each way for each session, all at once."""
     await asyncio.gather(
         *(rig.publish_sends(s, PEER, count) for s in sessions),
@@ -131,7 +131,7 @@ async def _traffic(rig: Rig, sessions: list[str], count: int) -> None:
     )
 
 
-async def _check(rig: Rig, sessions: list[str], count: int) -> None:
+async def check_traffic(rig: Rig, sessions: list[str], count: int) -> None:
     """Each message exactly once at its receiver, in order, and every command with exactly one outcome."""
     expected_out = [f"out {n}" for n in range(1, count + 1)]
 
@@ -168,14 +168,14 @@ async def test_ten_sessions_both_ways_with_sigterm_in_the_middle(tmp_path: Path,
         await rig.sim.add_phone(PEER, "Peer")
         await asyncio.gather(*(rig.pair(s, f"1555010{n:04}") for n, s in enumerate(sessions)))
         qrs = len(rig.got.of("qr"))
-        traffic = asyncio.create_task(_traffic(rig, sessions, count))
+        under_way = asyncio.create_task(traffic(rig, sessions, count))
         await until(lambda: len(rig.got.of("message")) > count, "a part of the traffic")
         assert await rig.warrend.stop() == 0
-        await traffic
+        await under_way
         done = len(rig.got.of("message"))
         assert done < count * len(sessions), "the stop came too late to prove anything"
         await rig.restart()
-        await _check(rig, sessions, count)
+        await check_traffic(rig, sessions, count)
         assert len(rig.got.of("qr")) == qrs
         repeated = sum(n - 1 for n in rig.got.deliveries.values())
         stanzas = (await rig.sim.received(PEER))["stanzas"]
@@ -192,13 +192,13 @@ async def test_kill_nine_at_random_moments(tmp_path: Path, broker: Broker, prefi
         await rig.sim.add_phone(PEER, "Peer")
         await asyncio.gather(*(rig.pair(s, f"1555020{n:04}") for n, s in enumerate(sessions)))
         qrs = len(rig.got.of("qr"))
-        traffic = asyncio.create_task(_traffic(rig, sessions, count))
+        under_way = asyncio.create_task(traffic(rig, sessions, count))
         await until(lambda: len(rig.got.of("message")) > 10, "some traffic")
         await rig.warrend.kill()
         await rig.restart()
         await until(lambda: len(rig.got.of("message")) > 60, "some more traffic")
         for pid in rig.warrend.engine_pids():
             os.kill(pid, signal.SIGKILL)
-        await traffic
-        await _check(rig, sessions, count)
+        await under_way
+        await check_traffic(rig, sessions, count)
         assert len(rig.got.of("qr")) == qrs
