@@ -128,6 +128,8 @@ class Message(_Exact):
     quoted: Quoted | None
     offline: bool
     """It had waited at WhatsApp while the session was away."""
+    truncated: bool
+    """The text was longer than a frame of the engine holds, and is cut."""
 
 
 class Receipt(_Exact):

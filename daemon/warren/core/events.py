@@ -47,6 +47,7 @@ def _message(event: EngineEvent) -> Inbound:
             "push_name": d.get("push_name"),
             "quoted": d.get("quoted"),
             "offline": d.get("offline", False),
+            "truncated": d.get("truncated", False),
         },
     )
 
