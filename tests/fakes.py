@@ -89,6 +89,10 @@ class MemoryBus:
         self.answers: Callable[[str], Published] = lambda _: Published.CONFIRMED
         self.gate = asyncio.Event()
         self.gate.set()
+        self.replies: list[tuple[str, str | None, bytes]] = []
+
+    async def reply(self, reply_to: str, correlation_id: str | None, body: bytes) -> None:
+        self.replies.append((reply_to, correlation_id, body))
 
     async def publish(
         self, exchange: str, routing_key: str, body: bytes, *, message_id: str, content_type: str, headers: dict[str, str]
