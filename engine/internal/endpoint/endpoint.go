@@ -87,49 +87,69 @@ func readRoots(path string) (*x509.CertPool, error) {
 // Foreign reports whether sessions connect to something other than WhatsApp.
 func (e *Endpoint) Foreign() bool { return e.override != "" }
 
-// Apply sets the HTTP clients of one whatsmeow client: the sockets before and after login, and media.
-func (e *Endpoint) Apply(client *whatsmeow.Client) {
-	httpClient := &http.Client{Transport: e.transport()}
+// Apply sets the HTTP clients of one whatsmeow client: the sockets before and after login, and media. proxy is from ParseProxy.
+func (e *Endpoint) Apply(client *whatsmeow.Client, proxy *url.URL) {
+	httpClient := &http.Client{Transport: e.transport(proxy)}
 	client.SetPreLoginHTTPClient(httpClient)
 	client.SetWebsocketHTTPClient(httpClient)
 	client.SetMediaHTTPClient(httpClient)
 }
 
-func (e *Endpoint) transport() *http.Transport {
+func (e *Endpoint) transport(proxy *url.URL) http.RoundTripper {
 	dialer := &net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}
-	if !e.Foreign() {
-		transport := http.DefaultTransport.(*http.Transport).Clone()
-		transport.DialContext = dialer.DialContext
-		transport.TLSHandshakeTimeout = tlsTimeout
-		transport.ResponseHeaderTimeout = responseTimeout
-		return transport
+	if e.Foreign() {
+		return e.redirected(dialer, proxy)
 	}
-	return &http.Transport{
-		// Whatever host a URL names, and whatever proxy the environment names, every byte goes to the override.
-		DialTLSContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-			return e.dialTLS(ctx, dialer, network)
-		},
-		DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return nil, errors.New("with --endpoint nothing is fetched without TLS")
-		},
-		ResponseHeaderTimeout: responseTimeout,
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.DialContext = dialer.DialContext
+	transport.TLSHandshakeTimeout = tlsTimeout
+	transport.ResponseHeaderTimeout = responseTimeout
+	if proxy != nil {
+		transport.Proxy = http.ProxyURL(proxy)
 	}
+	return transport
 }
 
-func (e *Endpoint) dialTLS(ctx context.Context, dialer *net.Dialer, network string) (net.Conn, error) {
-	plain, err := dialer.DialContext(ctx, network, e.override)
-	if err != nil {
-		return nil, err
+// redirected sends every request to the override, whatever host its URL names. The dialer is held to that once more: nothing but the override, or the
+// session's proxy, is ever contacted; a proxy that the environment names is not asked.
+func (e *Endpoint) redirected(dialer *net.Dialer, proxy *url.URL) http.RoundTripper {
+	allowed := e.override
+	if proxy != nil {
+		allowed = proxy.Host
 	}
-	host, _, err := net.SplitHostPort(e.override)
-	if err != nil {
-		return nil, errors.Join(err, plain.Close())
-	}
-	conn := tls.Client(plain, &tls.Config{RootCAs: e.roots, ServerName: host, MinVersion: tls.VersionTLS12})
-	ctx, cancel := context.WithTimeout(ctx, tlsTimeout)
-	defer cancel()
-	if err := conn.HandshakeContext(ctx); err != nil {
-		return nil, errors.Join(err, plain.Close())
-	}
-	return conn, nil
+	return &redirection{to: e.override, inner: &http.Transport{
+		Proxy: http.ProxyURL(proxy),
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			if address != allowed {
+				return nil, fmt.Errorf("with --endpoint %s is not contacted", address)
+			}
+			return dialer.DialContext(ctx, network, address)
+		},
+		TLSClientConfig:       &tls.Config{RootCAs: e.roots, MinVersion: tls.VersionTLS12},
+		TLSHandshakeTimeout:   tlsTimeout,
+		ResponseHeaderTimeout: responseTimeout,
+	}}
 }
+
+type redirection struct {
+	to    string
+	inner *http.Transport
+}
+
+func (r *redirection) RoundTrip(request *http.Request) (*http.Response, error) {
+	if request.URL.Scheme != "https" {
+		if request.Body != nil {
+			_ = request.Body.Close()
+		}
+		return nil, errors.New("with --endpoint nothing is fetched without TLS")
+	}
+	redirected := request.Clone(request.Context())
+	if redirected.Host == "" {
+		redirected.Host = request.URL.Host
+	}
+	redirected.URL.Host = r.to
+	return r.inner.RoundTrip(redirected)
+}
+
+// CloseIdleConnections is what http.Client looks for.
+func (r *redirection) CloseIdleConnections() { r.inner.CloseIdleConnections() }

@@ -60,7 +60,7 @@ func TestNothingElseIsContacted(t *testing.T) {
 		t.Fatalf("%v %v", where, err)
 	}
 	t.Setenv("HTTPS_PROXY", "http://192.0.2.1:1")
-	client := &http.Client{Transport: where.transport()}
+	client := &http.Client{Transport: where.transport(nil)}
 	for _, host := range []string{"web.whatsapp.com", "mmg.whatsapp.net"} {
 		response, err := client.Get("https://" + host + "/x")
 		if err != nil {

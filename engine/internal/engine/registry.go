@@ -27,7 +27,8 @@ type entry struct {
 }
 
 func (e *Engine) open(r *frames.Request) {
-	if err := checkOpen(r); err != nil {
+	options, err := e.checkOpen(r)
+	if err != nil {
 		e.reply(r, nil, err)
 		return
 	}
@@ -36,20 +37,28 @@ func (e *Engine) open(r *frames.Request) {
 		e.reply(r, nil, err)
 		return
 	}
-	go e.serve(r, fresh, previous)
+	go e.serve(r, options, fresh, previous)
 }
 
 // phonePattern is a number in international form: E.164 without its plus sign. whatsmeow refuses less than seven digits.
 var phonePattern = regexp.MustCompile(`^[1-9][0-9]{6,14}$`)
 
-func checkOpen(r *frames.Request) *frames.Error {
+// checkOpen refuses arguments that cannot be right.
+func (e *Engine) checkOpen(r *frames.Request) (*session.Options, *frames.Error) {
 	switch {
 	case r.Session == "" || r.Generation <= 0 || !filepath.IsAbs(r.Dir):
-		return frames.Errorf(frames.CodeBadRequest, "open needs a session, a positive generation and an absolute dir")
+		return nil, frames.Errorf(frames.CodeBadRequest, "open needs a session, a positive generation and an absolute dir")
 	case r.PhoneNumber != "" && !phonePattern.MatchString(r.PhoneNumber):
-		return frames.Errorf(frames.CodeBadRequest, "phone_number must have 7 to 15 digits, in international form and without a plus sign")
+		return nil, frames.Errorf(frames.CodeBadRequest, "phone_number must have 7 to 15 digits, in international form and without a plus sign")
 	}
-	return nil
+	proxy, err := e.Endpoint.ParseProxy(r.Proxy)
+	if err != nil {
+		return nil, frames.Errorf(frames.CodeBadRequest, "%v", err)
+	}
+	return &session.Options{
+		Session: r.Session, Generation: r.Generation, Dir: r.Dir, Create: r.Create, DeviceName: r.DeviceName,
+		PhoneNumber: r.PhoneNumber, MarkOnline: r.MarkOnline, Proxy: proxy,
+	}, nil
 }
 
 // reserve puts a new entry in the registry. previous is the generation before it, if that is still closing.
@@ -81,12 +90,12 @@ func (n *entry) ends() bool {
 }
 
 // serve opens one generation and runs it to its end.
-func (e *Engine) serve(r *frames.Request, current, previous *entry) {
+func (e *Engine) serve(r *frames.Request, options *session.Options, current, previous *entry) {
 	defer e.remove(current)
 	if previous != nil {
 		<-previous.gone
 	}
-	s, err := e.openUnlessStopping(r)
+	s, err := e.openUnlessStopping(options)
 	current.session = s
 	close(current.opened)
 	if err != nil {
@@ -97,31 +106,28 @@ func (e *Engine) serve(r *frames.Request, current, previous *entry) {
 	s.Run()
 }
 
-func (e *Engine) openUnlessStopping(r *frames.Request) (*session.Session, *frames.Error) {
+func (e *Engine) openUnlessStopping(options *session.Options) (*session.Session, *frames.Error) {
 	e.mu.Lock()
 	stopping := e.stopping
 	e.mu.Unlock()
 	if stopping {
 		return nil, frames.Errorf(frames.CodeBusy, "the engine is stopping")
 	}
-	return e.openSession(r)
+	return e.openSession(options)
 }
 
-func (e *Engine) openSession(r *frames.Request) (s *session.Session, failure *frames.Error) {
+func (e *Engine) openSession(options *session.Options) (s *session.Session, failure *frames.Error) {
 	defer func() {
 		if p := recover(); p != nil {
-			e.Log.Error("panic in open", logs.KeySession, r.Session, "panic", p, "stack", string(debug.Stack()))
+			e.Log.Error("panic in open", logs.KeySession, options.Session, "panic", p, "stack", string(debug.Stack()))
 			s, failure = nil, frames.Errorf(frames.CodeInternal, "a bug in the engine: see its log")
 		}
 	}()
-	s, err := session.Open(e.ctx, e.cfg, session.Options{
-		Session: r.Session, Generation: r.Generation, Dir: r.Dir, Create: r.Create, DeviceName: r.DeviceName,
-		PhoneNumber: r.PhoneNumber,
-	})
+	s, err := session.Open(e.ctx, e.cfg, *options)
 	if err == nil {
 		return s, nil
 	}
-	e.Log.Warn("a session does not open", logs.KeySession, r.Session, logs.KeyError, err)
+	e.Log.Warn("a session does not open", logs.KeySession, options.Session, logs.KeyError, err)
 	code := frames.CodeInternal
 	for known, its := range map[error]string{
 		state.ErrMissing: frames.CodeStateMissing, state.ErrUnreadable: frames.CodeStateUnreadable, state.ErrLocked: frames.CodeStateLocked,

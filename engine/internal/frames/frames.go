@@ -56,6 +56,8 @@ type Request struct {
 	Create      bool   `json:"create"`
 	DeviceName  string `json:"device_name"`
 	PhoneNumber string `json:"phone_number"`
+	MarkOnline  bool   `json:"mark_online"`
+	Proxy       string `json:"proxy"` // may hold a password: never logged
 
 	MessageID string `json:"message_id"`
 	To        string `json:"to"`

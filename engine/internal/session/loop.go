@@ -101,6 +101,9 @@ func (s *Session) serve(signal any, qr, limit *time.Timer) {
 	case *events.Connected:
 		device := s.store.Device
 		s.emit(s.ctx, "connected", connectedData{JID: device.GetJID().String(), LID: device.GetLID().String(), PushName: device.PushName})
+		s.tellPresence()
+	case *events.PushNameSetting:
+		s.tellPresence()
 	case *events.KeepAliveTimeout:
 		s.emit(s.ctx, "keepalive", keepaliveData{Failures: signal.ErrorCount, LastSuccess: rfc3339(signal.LastSuccess)})
 	case *events.KeepAliveRestored:

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net/url"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -89,6 +90,9 @@ type Options struct {
 	DeviceName string
 	// PhoneNumber, digits in international form, pairs by code instead of by QR. A paired session ignores it.
 	PhoneNumber string
+	// MarkOnline shows the account as online to its contacts while the session is connected.
+	MarkOnline bool
+	Proxy      *url.URL // nil: none; from Endpoint.ParseProxy
 }
 
 // Session is one generation.
@@ -162,13 +166,13 @@ func (s *Session) newClient(device *store.Device) *whatsmeow.Client {
 	cli.AutomaticMessageRerequestFromPhone = true
 	cli.SendReportingTokens = true
 	cli.SetMaxParallelRetryReceiptHandling(retryReceipts)
-	// Without it a sender sees no second tick: receipts of a device that is not "available" do not count.
+	// Without it a sender sees no second tick: receipts of a device that is not "available" do not count. It also holds when presence is "unavailable".
 	cli.SetForceActiveDeliveryReceipts(true)
 	// whatsmeow calls this without looking when WhatsApp refuses with 413 or 414.
 	cli.RefreshCAT = func(context.Context) error { return errors.New("not a Messenger client") }
 	cli.GetClientPayload = func() *waWa6.ClientPayload { return clientPayload(device, s.DeviceName) }
 	cli.AddEventHandlerWithSuccessStatus(s.handle)
-	s.cfg.Endpoint.Apply(cli)
+	s.cfg.Endpoint.Apply(cli, s.Proxy)
 	return cli
 }
 
