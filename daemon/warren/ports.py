@@ -137,6 +137,8 @@ class SessionRecord:
     sequence: int = 0
     """The last sequence used in this epoch."""
     settings: dict[str, Any] = field(default_factory=dict)
+    account: dict[str, Any] = field(default_factory=dict)
+    """`jid`, `lid` and `push_name` as of the last login; empty before the first."""
     halted: str = ""
     """The state that needs somebody (`logged_out`, `replaced`, ...), kept over restarts; "" when none."""
     paired: bool = False

@@ -1,4 +1,4 @@
-"""The Store: what `ports.Store` promises, held on the real SQLite file."""
+"""The Store: what `ports.Store` promises, held on the real SQLite file and on the fake of the unit tests (`any_store`)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fakes import MemoryStore
 
 from warren.edges import store as module
 from warren.edges.store import SqliteStore
@@ -32,6 +33,7 @@ from warren.ports import (
     PutSession,
     RemoveEvents,
     SessionRecord,
+    Store,
     Write,
 )
 
@@ -72,6 +74,17 @@ async def store(path: Path, clock: Clock) -> AsyncIterator[SqliteStore]:
     assert not [t for t in threading.enumerate() if t.name == "warren-store"]
 
 
+@pytest.fixture(params=["sqlite", "memory"])
+async def any_store(request: pytest.FixtureRequest, path: Path) -> AsyncIterator[Store]:
+    store: Store = await opened(request.param, path)
+    yield store
+    await store.close()
+
+
+async def opened(kind: str, path: Path) -> Store:
+    return await SqliteStore.open(path) if kind == "sqlite" else MemoryStore()
+
+
 def size(path: Path) -> int:
     return path.stat().st_size
 
@@ -94,31 +107,31 @@ async def commits_during(store: SqliteStore, units: list[tuple[Write, ...]]) -> 
 # --- registry ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_session_is_kept_as_it_was_put(store: SqliteStore) -> None:
-    record = SessionRecord("acme", 3, Desired.RUNNING, 7, {"proxy": "ö", "n": [1]}, "replaced", True)
-    await store.write(PutSession(record))
-    assert await store.session("acme") == record
-    assert await store.sessions() == [record]
-    assert await store.session("other") is None
+async def test_a_session_is_kept_as_it_was_put(any_store: Store) -> None:
+    record = SessionRecord("acme", 3, Desired.RUNNING, 7, {"proxy": "ö", "n": [1]}, {"jid": "1@s.whatsapp.net"}, "replaced", True)
+    await any_store.write(PutSession(record))
+    assert await any_store.session("acme") == record
+    assert await any_store.sessions() == [record]
+    assert await any_store.session("other") is None
 
 
-async def test_put_session_does_not_turn_the_sequence_back(store: SqliteStore) -> None:
+async def test_put_session_does_not_turn_the_sequence_back(any_store: Store) -> None:
     record = SessionRecord("acme", 1, Desired.RUNNING, sequence=0)
-    await store.write(PutSession(record))
-    await store.write(AddEvent(event("acme", 1)), AddEvent(event("acme", 2)))
-    await store.write(PutSession(dataclasses.replace(record, desired=Desired.STOPPED)))
-    assert await store.session("acme") == dataclasses.replace(record, desired=Desired.STOPPED, sequence=2)
+    await any_store.write(PutSession(record))
+    await any_store.write(AddEvent(event("acme", 1)), AddEvent(event("acme", 2)))
+    await any_store.write(PutSession(dataclasses.replace(record, desired=Desired.STOPPED)))
+    assert await any_store.session("acme") == dataclasses.replace(record, desired=Desired.STOPPED, sequence=2)
 
 
-async def test_a_new_epoch_starts_with_the_sequence_it_was_put_with(store: SqliteStore) -> None:
-    await store.write(PutSession(SessionRecord("acme", 1, Desired.RUNNING)), AddEvent(event("acme", 9)))
-    await store.write(PutSession(SessionRecord("acme", 2, Desired.RUNNING)))
-    found = await store.session("acme")
+async def test_a_new_epoch_starts_with_the_sequence_it_was_put_with(any_store: Store) -> None:
+    await any_store.write(PutSession(SessionRecord("acme", 1, Desired.RUNNING)), AddEvent(event("acme", 9)))
+    await any_store.write(PutSession(SessionRecord("acme", 2, Desired.RUNNING)))
+    found = await any_store.session("acme")
     assert found is not None
     assert (found.epoch, found.sequence) == (2, 0)
     # A late row of the old epoch leaves the new one's sequence alone.
-    await store.write(AddEvent(event("acme", 10, epoch=1)))
-    found = await store.session("acme")
+    await any_store.write(AddEvent(event("acme", 10, epoch=1)))
+    found = await any_store.session("acme")
     assert found is not None
     assert found.sequence == 0
 
@@ -126,25 +139,25 @@ async def test_a_new_epoch_starts_with_the_sequence_it_was_put_with(store: Sqlit
 # --- outbox -----------------------------------------------------------------------------------------------------------
 
 
-async def test_outbox_pages_go_through_a_session_in_order(store: SqliteStore) -> None:
+async def test_outbox_pages_go_through_a_session_in_order(any_store: Store) -> None:
     rows = [event("acme", n, epoch=e, body=bytes(n)) for e in (1, 2) for n in (1, 2, 3)]
     for row in random.Random(1).sample(rows, len(rows)):
-        await store.write(AddEvent(row))
-    await store.write(AddEvent(event("acme2", 1)))
+        await any_store.write(AddEvent(row))
+    await any_store.write(AddEvent(event("acme2", 1)))
     got: list[OutboxRow] = []
     after = (0, 0)
-    while page := await store.outbox_page("acme", after, 2):
+    while page := await any_store.outbox_page("acme", after, 2):
         got += page
         after = (page[-1].epoch, page[-1].sequence)
     assert got == rows
 
 
-async def test_outbox_sessions_are_those_with_rows(store: SqliteStore) -> None:
-    assert await store.outbox_sessions() == []
-    await store.write(*[AddEvent(event(s, n)) for s in ("b", "a", "c") for n in (1, 2)])
-    assert await store.outbox_sessions() == ["a", "b", "c"]
-    await store.write(RemoveEvents((("b", 1, 1), ("b", 1, 2))))
-    assert await store.outbox_sessions() == ["a", "c"]
+async def test_outbox_sessions_are_those_with_rows(any_store: Store) -> None:
+    assert await any_store.outbox_sessions() == []
+    await any_store.write(*[AddEvent(event(s, n)) for s in ("b", "a", "c") for n in (1, 2)])
+    assert await any_store.outbox_sessions() == ["a", "b", "c"]
+    await any_store.write(RemoveEvents((("b", 1, 1), ("b", 1, 2))))
+    assert await any_store.outbox_sessions() == ["a", "c"]
 
 
 async def test_outbox_bytes_count_the_bodies_also_after_reopening(path: Path) -> None:
@@ -173,13 +186,13 @@ async def test_a_backlog_that_is_gone_gives_the_disk_back(store: SqliteStore, pa
 # --- journal ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_outcome_is_found_by_session_and_command(store: SqliteStore) -> None:
-    await store.write(PutOutcome(outcome("acme", "order-1")))
-    assert await store.outcome("acme", "order-1") == outcome("acme", "order-1")
-    assert await store.outcome("acme", "order-2") is None
-    assert await store.outcome("other", "order-1") is None
-    await store.write(PutOutcome(outcome("acme", "order-1", b"later")))
-    assert await store.outcome("acme", "order-1") == outcome("acme", "order-1", b"later")
+async def test_an_outcome_is_found_by_session_and_command(any_store: Store) -> None:
+    await any_store.write(PutOutcome(outcome("acme", "order-1")))
+    assert await any_store.outcome("acme", "order-1") == outcome("acme", "order-1")
+    assert await any_store.outcome("acme", "order-2") is None
+    assert await any_store.outcome("other", "order-1") is None
+    await any_store.write(PutOutcome(outcome("acme", "order-1", b"later")))
+    assert await any_store.outcome("acme", "order-1") == outcome("acme", "order-1", b"later")
 
 
 async def journal_ids(path: Path) -> set[str]:
@@ -212,29 +225,29 @@ async def test_old_outcomes_go_but_the_last_of_a_session_stay(path: Path, clock:
 # --- units: order, atomicity, grouping --------------------------------------------------------------------------------
 
 
-async def test_a_read_sees_the_writes_asked_for_before_it(store: SqliteStore) -> None:
+async def test_a_read_sees_the_writes_asked_for_before_it(any_store: Store) -> None:
     for n in range(1, 50):
-        future = store.write(AddEvent(event("acme", n)))
-        assert len(await store.outbox_page("acme", (0, 0), 100)) == n
+        future = any_store.write(AddEvent(event("acme", n)))
+        assert len(await any_store.outbox_page("acme", (0, 0), 100)) == n
         assert future.done()
 
 
-async def test_a_failing_unit_changes_nothing_and_fails_alone(store: SqliteStore) -> None:
-    await store.write(PutSession(SessionRecord("acme", 1, Desired.RUNNING)), AddEvent(event("acme", 1, body=b"first")))
-    good = store.write(AddEvent(event("acme", 2, body=b"22")))
-    bad = store.write(
+async def test_a_failing_unit_changes_nothing_and_fails_alone(any_store: Store) -> None:
+    await any_store.write(PutSession(SessionRecord("acme", 1, Desired.RUNNING)), AddEvent(event("acme", 1, body=b"first")))
+    good = any_store.write(AddEvent(event("acme", 2, body=b"22")))
+    bad = any_store.write(
         AddEvent(event("acme", 9, body=b"999")),
         PutOutcome(outcome("acme", "order-1")),
         AddEvent(event("acme", 1, body=b"again")),  # the key is taken
     )
-    unstorable = store.write(PutSession(SessionRecord("acme", 1, Desired.STOPPED, settings={"x": object()})))
-    later = store.write(AddEvent(event("acme", 3, body=b"3")))
+    unstorable = any_store.write(PutSession(SessionRecord("acme", 1, Desired.STOPPED, settings={"x": object()})))
+    later = any_store.write(AddEvent(event("acme", 3, body=b"3")))
     results = await asyncio.gather(good, bad, unstorable, later, return_exceptions=True)
     assert [type(r) for r in results] == [type(None), StateError, TypeError, type(None)]
-    assert [r.sequence for r in await store.outbox_page("acme", (0, 0), 10)] == [1, 2, 3]
-    assert await store.outcome("acme", "order-1") is None
-    assert await store.outbox_bytes() == len(b"first") + 3
-    assert await store.session("acme") == SessionRecord("acme", 1, Desired.RUNNING, sequence=3)
+    assert [r.sequence for r in await any_store.outbox_page("acme", (0, 0), 10)] == [1, 2, 3]
+    assert await any_store.outcome("acme", "order-1") is None
+    assert await any_store.outbox_bytes() == len(b"first") + 3
+    assert await any_store.session("acme") == SessionRecord("acme", 1, Desired.RUNNING, sequence=3)
 
 
 async def test_what_waits_is_committed_together(store: SqliteStore) -> None:
@@ -250,12 +263,23 @@ async def test_a_batch_is_bounded_in_bytes(store: SqliteStore, monkeypatch: pyte
     assert await commits_during(store, units) >= 50
 
 
-async def test_a_cancelled_waiter_does_not_take_the_write_back(store: SqliteStore) -> None:
-    futures = [store.write(AddEvent(event("acme", n))) for n in range(1, 101)]
+async def test_a_cancelled_waiter_does_not_take_the_write_back(any_store: Store) -> None:
+    futures = [any_store.write(AddEvent(event("acme", n))) for n in range(1, 101)]
     for future in futures[::2]:
         future.cancel()
     await asyncio.gather(*futures[1::2])
-    assert len(await store.outbox_page("acme", (0, 0), 1000)) == 100
+    assert len(await any_store.outbox_page("acme", (0, 0), 1000)) == 100
+
+
+async def test_a_closed_store_has_written_what_was_queued_and_refuses_more(any_store: Store) -> None:
+    future = any_store.write(AddEvent(event("acme", 1)))
+    await any_store.close()
+    assert future.done()
+    assert future.exception() is None
+    with pytest.raises(StateError, match="closed"):
+        await any_store.write(AddEvent(event("acme", 2)))
+    with pytest.raises(StateError, match="closed"):
+        await any_store.sessions()
 
 
 async def test_close_writes_what_is_queued_and_refuses_what_comes_later(path: Path) -> None:
@@ -294,7 +318,7 @@ writes = st.one_of(
     st.builds(lambda k: RemoveEvents(tuple(k)), st.lists(st.tuples(sessions, small, small), max_size=3)),
     st.builds(lambda s, c, b: PutOutcome(outcome(s, f"c{c}", b)), sessions, small, st.binary(max_size=9)),
     st.builds(
-        lambda s, e, d, n, p: PutSession(SessionRecord(s, e, d, n, {"p": p}, "blocked" * p, p)),
+        lambda s, e, d, n, p: PutSession(SessionRecord(s, e, d, n, {"p": p}, {"jid": "j" * p}, "blocked" * p, p)),
         sessions,
         small,
         st.sampled_from(Desired),
@@ -339,7 +363,7 @@ class Model:
         return True
 
 
-async def content(store: SqliteStore) -> Model:
+async def content(store: Store) -> Model:
     names = await store.outbox_sessions()
     rows = [row for name in names for row in await store.outbox_page(name, (0, 0), 1000)]
     found = [await store.outcome(s, f"c{c}") for s in ("a", "b") for c in range(1, 5)]
@@ -351,11 +375,12 @@ async def content(store: SqliteStore) -> Model:
     )
 
 
-@given(st.lists(st.lists(writes, min_size=1, max_size=4), max_size=12))
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+@given(units=st.lists(st.lists(writes, min_size=1, max_size=4), max_size=12))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_units_leave_what_the_model_says(units: list[list[Write]]) -> None:
+def test_any_units_leave_what_the_model_says(kind: str, units: list[list[Write]]) -> None:
     async def run(path: Path) -> None:
-        store = await SqliteStore.open(path)
+        store = await opened(kind, path)
         results = await asyncio.gather(*[store.write(*unit) for unit in units], return_exceptions=True)
         model = Model()
         for unit, result in zip(units, results, strict=True):
@@ -364,9 +389,10 @@ def test_any_units_leave_what_the_model_says(units: list[list[Write]]) -> None:
             model = model if after is None else after
         assert await content(store) == model
         await store.close()
-        store = await SqliteStore.open(path)
-        assert await content(store) == model
-        await store.close()
+        if kind == "sqlite":
+            store = await opened(kind, path)
+            assert await content(store) == model
+            await store.close()
 
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(run(Path(folder) / "warren.db"))

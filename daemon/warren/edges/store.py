@@ -60,7 +60,8 @@ _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE sessions (
         session TEXT PRIMARY KEY, epoch INTEGER NOT NULL, desired TEXT NOT NULL, sequence INTEGER NOT NULL,
-        settings TEXT NOT NULL, halted TEXT NOT NULL, paired INTEGER NOT NULL) WITHOUT ROWID""",
+        settings TEXT NOT NULL, account TEXT NOT NULL,
+        halted TEXT NOT NULL, paired INTEGER NOT NULL) WITHOUT ROWID""",
     """CREATE TABLE outbox (
         session TEXT NOT NULL, epoch INTEGER NOT NULL, sequence INTEGER NOT NULL, event_id TEXT NOT NULL,
         event TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (session, epoch, sequence))""",
@@ -83,7 +84,7 @@ _PRAGMAS = (
 )
 
 
-_SELECT_SESSION = "SELECT session, epoch, desired, sequence, settings, halted, paired FROM sessions"
+_SELECT_SESSION = "SELECT session, epoch, desired, sequence, settings, account, halted, paired FROM sessions"
 
 
 @dataclass(slots=True)
@@ -326,10 +327,10 @@ class SqliteStore:
 
     def _put_session(self, record: SessionRecord) -> None:
         self._db.execute(
-            """INSERT INTO sessions (session, epoch, desired, sequence, settings, halted, paired)
-            VALUES (?, ?, ?, ?, ?, ?, ?)
+            """INSERT INTO sessions (session, epoch, desired, sequence, settings, account, halted, paired)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?)
             ON CONFLICT (session) DO UPDATE
-            SET desired = excluded.desired, settings = excluded.settings, halted = excluded.halted,
+            SET desired = excluded.desired, settings = excluded.settings, account = excluded.account, halted = excluded.halted,
                 paired = excluded.paired,
                 sequence = CASE epoch WHEN excluded.epoch THEN sequence ELSE excluded.sequence END,
                 epoch = excluded.epoch""",
@@ -339,6 +340,7 @@ class SqliteStore:
                 record.desired.value,
                 record.sequence,
                 orjson.dumps(record.settings).decode(),
+                orjson.dumps(record.account).decode(),
                 record.halted,
                 record.paired,
             ),
@@ -493,9 +495,11 @@ def _make_private(path: Path) -> None:
 
 
 def _record(row: tuple[Any, ...]) -> SessionRecord:
-    session, epoch, desired, sequence, settings, halted, paired = row
+    session, epoch, desired, sequence, settings, account, halted, paired = row
     try:
-        return SessionRecord(session, epoch, Desired(desired), sequence, orjson.loads(settings), halted, bool(paired))
+        return SessionRecord(
+            session, epoch, Desired(desired), sequence, orjson.loads(settings), orjson.loads(account), halted, bool(paired)
+        )
     except ValueError as e:
         raise StateError(
             f"The registry row of session {session} cannot be read: {e}.", hint="Was warren.db edited by hand?"

@@ -127,7 +127,6 @@ class Session:
         self._since = deps.now()
         self._cause: Cause | None = cause_of(record.halted) if record.halted else None
         self._until: datetime | None = None
-        self._account: dict[str, Any] = {}
         self._qr: dict[str, Any] | None = None
         self._pairing_code: dict[str, Any] | None = None
         self._codes_shown = 0
@@ -188,7 +187,7 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """What is known right now; see docs/message-api.md."""
-        cause = self._cause
+        cause, account = self._cause, self._record.account
         return {
             "session": self.id,
             "state": self.state.value,
@@ -197,9 +196,9 @@ class Session:
             "message": cause.message if cause else None,
             "hint": cause.hint if cause else None,
             "until": timestamp(self._until) if self._until else None,
-            "jid": self._account.get("jid"),
-            "lid": self._account.get("lid"),
-            "push_name": self._account.get("push_name"),
+            "jid": account.get("jid"),
+            "lid": account.get("lid"),
+            "push_name": account.get("push_name"),
             "epoch": self._record.epoch,
             "desired": self._record.desired.value,
             "attempt": self._attempt,
@@ -287,7 +286,7 @@ class Session:
         record = replace(self._record, desired=Desired.RUNNING, settings=settings)
         if self.state is State.LOGGED_OUT:
             # A new phone, a new life: its own epoch, so that nothing of the old one can be mistaken for it.
-            record = replace(record, epoch=record.epoch + 1, sequence=0)
+            record = replace(record, epoch=record.epoch + 1, sequence=0, account={})
         await self._save(replace(record, halted=""))
         self._deps.delivery.begin(self._record)
         await self._apply(Trigger.START, None, {})
@@ -376,8 +375,11 @@ class Session:
             return
         if before is State.ONLINE:
             await self._leave_online()
-        if trigger in {Trigger.PAIRED, Trigger.CONNECTED}:
+        if trigger is Trigger.PAIRED:
             await self._save(replace(self._record, paired=True))
+        if trigger is Trigger.CONNECTED:
+            account = {k: data.get(k) for k in ("jid", "lid", "push_name")}
+            await self._save(replace(self._record, paired=True, account=account))
         if trigger is Trigger.QR:
             self._show(data)
         self._until = _until(data)
@@ -410,7 +412,7 @@ class Session:
         if state is State.BACKING_OFF and self._timer is not None:
             told["retry_in_s"] = round(self._timer.when() - asyncio.get_running_loop().time(), 1)
         if state is State.ONLINE:
-            told |= self._account
+            told |= self._record.account
         return told
 
     async def _entered(self, before: State, trigger: Trigger, data: dict[str, Any]) -> None:
@@ -420,7 +422,6 @@ class Session:
                 self._open_beside()
             case State.ONLINE:
                 self._heard.set()
-                self._account = {k: data.get(k) for k in ("jid", "lid", "push_name")}
                 self._set_timer(self._deps.options.stable_s)
                 self._lane = SendLane(
                     self.id, self._request_send(self._generation), self._deps.outcomes, self._tries, now=self._deps.now
