@@ -17,7 +17,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from warren.errors import WarrenError
 
@@ -59,8 +59,9 @@ class Simulator:
     Numbers are digits only. Requests raise SimulatorError; cancelling one leaves open whether the phone did it.
     """
 
-    def __init__(self, binary: Path, *, log: Path | None = None) -> None:
+    def __init__(self, binary: Path, *, log: Path | None = None, seed: int | None = None) -> None:
         self._binary, self._log = binary, log
+        self._arguments = [] if seed is None else ["--seed", str(seed)]
         self._process: asyncio.subprocess.Process | None = None
         self.endpoint: Endpoint
 
@@ -69,6 +70,7 @@ class Simulator:
             stderr: Any = asyncio.subprocess.DEVNULL if self._log is None else stack.enter_context(self._log.open("ab"))
             self._process = await asyncio.create_subprocess_exec(
                 self._binary,
+                *self._arguments,
                 stdin=asyncio.subprocess.PIPE,  # its end ends the simulator
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
@@ -115,8 +117,21 @@ class Simulator:
         """The phone scans a QR text. Returns the number of the linked device."""
         return int((await self.request("POST", f"/phones/{number}/scan", {"qr": qr}))["device"])
 
+    async def pair_code(self, number: str, code: str) -> int:
+        """The phone enters the pairing code that a client shows. Returns the number of the linked device."""
+        return int((await self.request("POST", f"/phones/{number}/pair-code", {"code": code}))["device"])
+
+    async def set_addressing(self, number: str, addressing: Literal["lid", "pn"]) -> None:
+        """Whether the phone sends to LIDs or to phone numbers."""
+        await self.request("POST", f"/phones/{number}/settings", {"addressing": addressing})
+
+    async def create_group(self, creator: str, participants: list[str], subject: str) -> str:
+        """Returns the group's address (`...@g.us`), which `send` takes for `to`."""
+        body = {"creator": creator, "participants": participants, "subject": subject}
+        return str((await self.request("POST", "/groups", body))["id"])
+
     async def send(self, number: str, to: str, text: str, *, count: int = 1) -> list[str]:
-        """The phone sends one message, or `count` of them as `text 1` ... Returns their message ids."""
+        """The phone sends one message, or `count` of them as `text 1` ... to a number or a group. Returns their message ids."""
         answer = await self.request("POST", f"/phones/{number}/send", {"to": to, "text": text, "count": count})
         return list(answer["message_ids"])
 
@@ -144,6 +159,33 @@ class Simulator:
     async def unlink(self, number: str, device: int) -> None:
         await self.request("POST", f"/phones/{number}/devices/{device}/unlink")
 
+    # --- what goes wrong
+
+    async def stream_error(self, number: str, device: int | None = None, *, code: int = 0, conflict: str = "") -> None:
+        """End a device's connection (None: all of the phone's) with `<stream:error>`; `conflict` is `replaced`, for instance."""
+        await self.request("POST", f"{_scope(number, device)}/stream-error", {"code": code, "conflict": conflict})
+
+    async def failure(self, number: str, device: int | None = None, *, code: int, expire_s: int = 0) -> None:
+        """End a device's connection (None: all of the phone's) with `<failure>`."""
+        await self.request("POST", f"{_scope(number, device)}/failure", {"code": code, "expire_s": expire_s})
+
+    async def malformed(self, number: str, device: int | None = None) -> None:
+        """Send a frame on which whatsmeow panics."""
+        await self.request("POST", f"{_scope(number, device)}/malformed")
+
+    async def add_fault(self, kind: str, number: str | None = None, **more: Any) -> int:
+        """Put a fault in force for an account (None: for all); `more` as in docs/simulator.md. Returns its number."""
+        body = {"kind": kind, **more} if number is None else {"kind": kind, "phone": number, **more}
+        return int((await self.request("POST", "/faults", body))["fault"])
+
+    async def faults(self) -> list[dict[str, Any]]:
+        """The faults in force."""
+        return list((await self.request("GET", "/faults"))["faults"])
+
+    async def lift_fault(self, fault: int | None = None) -> None:
+        """End a fault; None: all of them."""
+        await self.request("DELETE", "/faults" if fault is None else f"/faults/{fault}")
+
     async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Any request of the control API."""
         return await asyncio.to_thread(self._request, method, path, body)
@@ -165,3 +207,7 @@ class Simulator:
             raise SimulatorError(f"{method} {path}: {error.get('message', e)}", reason=error.get("code", "")) from None
         except OSError as e:
             raise SimulatorError(f"{method} {path}: the simulator does not answer ({e}).") from e
+
+
+def _scope(number: str, device: int | None) -> str:
+    return f"/phones/{number}" if device is None else f"/phones/{number}/devices/{device}"

@@ -1,0 +1,263 @@
+// An unmodified Baileys against warren-sim: an independent judge of the simulator. Baileys pins the key that WhatsApp's
+// Noise certificates come from in the exported object WA_CERT_DETAILS; the simulator's key is put there, as whatsmeow has
+// whatsmeow.WACertPubKey for it. TLS trusts the simulator's CA through NODE_EXTRA_CA_CERTS.
+//
+//   node check.mjs ENDPOINT CONTROL ROOT_KEY DIRECTORY      prints one line per step; exit status 0: all was as expected
+
+import assert from 'node:assert/strict'
+import path from 'node:path'
+import makeWASocket, { WA_CERT_DETAILS, useMultiFileAuthState } from 'baileys'
+
+const [endpoint, control, rootKey, directory] = process.argv.slice(2)
+const [ANA, BOB, EVE] = ['15550001', '15550002', '15550003']
+const STEP_MS = 30_000
+const RESTART_REQUIRED = 515
+const LOGGED_OUT = 401
+
+WA_CERT_DETAILS.PUBLIC_KEY = Buffer.from(rootKey, 'hex')
+
+// libsignal for JavaScript prints whole sessions; only what this program says is for stdout.
+console.info = console.warn = console.error = process.env.BAILEYS_LOG ? console.error : () => {}
+const silent = { level: 'silent', child: () => silent }
+for (const level of ['trace', 'debug', 'info', 'warn', 'error', 'fatal']) {
+  silent[level] = process.env.BAILEYS_LOG ? (...args) => console.error(level, JSON.stringify(args)) : () => {}
+}
+
+async function request(method, at, body) {
+  const response = await fetch(control + at, { method, body: body && JSON.stringify(body) })
+  const answer = await response.json()
+  assert.equal(response.status, 200, `${method} ${at}: ${JSON.stringify(answer)}`)
+  return answer
+}
+
+async function until(what, condition) {
+  for (const end = Date.now() + STEP_MS; ; await new Promise(r => setTimeout(r, 20))) {
+    const met = await condition()
+    if (met) return met
+    assert.ok(Date.now() < end, `waited in vain for: ${what}`)
+  }
+}
+
+const step = what => console.log(`ok ${what}`)
+
+/** One linked device: a Baileys socket that connects again when it is asked to (515), and what it has seen. */
+class Client {
+  messages = []
+  updates = []
+  receipts = []
+  groups = []
+  qr = undefined
+  online = false
+  ended = undefined
+
+  constructor(name) {
+    this.name = name
+    this.folder = path.join(directory, name)
+  }
+
+  async open() {
+    const { state, saveCreds } = await useMultiFileAuthState(this.folder)
+    this.online = false
+    this.ended = undefined
+    this.sock = makeWASocket({
+      auth: state, waWebSocketUrl: `${endpoint}/ws/chat`, logger: silent, shouldSyncHistoryMessage: () => false,
+      getMessage: async key => this.sent?.get(key.id),
+    })
+    const on = (event, take) => this.sock.ev.on(event, take)
+    on('creds.update', saveCreds)
+    on('connection.update', update => this.#connection(update))
+    on('messages.upsert', ({ messages }) => this.messages.push(...messages))
+    on('messages.update', updates => this.updates.push(...updates))
+    on('message-receipt.update', receipts => this.receipts.push(...receipts))
+    on('groups.upsert', groups => this.groups.push(...groups))
+    return this
+  }
+
+  #connection({ connection, qr, lastDisconnect }) {
+    if (qr) this.qr = qr
+    if (connection === 'open') this.online = true
+    if (connection !== 'close') return
+    this.online = false
+    const status = lastDisconnect?.error?.output?.statusCode
+    if (status === RESTART_REQUIRED) void this.open()
+    else this.ended = status
+  }
+
+  async pairByQR(number) {
+    await this.open()
+    await until(`${this.name}: a QR code`, () => this.qr)
+    await request('POST', `/phones/${number}/scan`, { qr: this.qr })
+    await this.isOnline()
+  }
+
+  async pairByCode(number) {
+    await this.open()
+    await until(`${this.name}: a QR code`, () => this.qr)
+    const code = await this.sock.requestPairingCode(number)
+    // The request has gone out when the code is returned, but the server may not have it yet.
+    await until(`${this.name}: the code accepted`, async () => {
+      const response = await fetch(`${control}/phones/${number}/pair-code`, { method: 'POST', body: JSON.stringify({ code }) })
+      const answer = await response.json()
+      if (response.status === 404) return false
+      assert.equal(response.status, 200, JSON.stringify(answer))
+      return true
+    })
+    await this.isOnline()
+  }
+
+  isOnline() {
+    return until(`${this.name}: online`, () => this.online)
+  }
+
+  async close() {
+    this.sock.end(undefined)
+    await until(`${this.name}: closed`, () => !this.online)
+  }
+
+  async say(to, text) {
+    const message = await this.sock.sendMessage(to, { text })
+    return message.key.id
+  }
+
+  text(id) {
+    return until(`${this.name}: message ${id}`, () => {
+      const message = this.messages.find(m => m.key.id === id && textOf(m))
+      return message && { ...message, text: textOf(message) }
+    })
+  }
+}
+
+const textOf = m => m.message?.conversation ?? m.message?.extendedTextMessage?.text
+const jid = number => `${number}@s.whatsapp.net`
+
+async function phoneSays(number, to, text, count = 1) {
+  return (await request('POST', `/phones/${number}/send`, { to, text, count })).message_ids
+}
+
+function shownAt(number, id, text) {
+  return until(`phone ${number}: ${text}`, async () => {
+    const { shown } = await request('GET', `/phones/${number}/received`)
+    const message = shown.find(m => m.message_id === id)
+    if (message) assert.equal(message.text, text)
+    return message
+  })
+}
+
+/** `read` or `delivered_to` of a message that a phone sent names a device. */
+function told(number, id, field, device) {
+  return until(`phone ${number}: ${field} of ${id}`, async () => {
+    const { messages } = await request('GET', `/phones/${number}/sent`)
+    return messages.find(m => m.message_id === id)[field].includes(device)
+  })
+}
+
+async function nothingPending(...numbers) {
+  for (const number of numbers) {
+    await until(`nothing pending for ${number}`, async () => {
+      const { devices } = await request('GET', `/phones/${number}/pending`)
+      return devices.every(d => d.pending === 0)
+    })
+  }
+}
+
+async function direct(a, b) {
+  for (const addressing of ['pn', 'lid']) {
+    await request('POST', `/phones/${EVE}/settings`, { addressing })
+    const [id] = await phoneSays(EVE, ANA, `to the client by ${addressing}`)
+    const got = await a.text(id)
+    assert.equal(got.text, `to the client by ${addressing}`)
+    await told(EVE, id, 'delivered_to', `${ANA}:1@s.whatsapp.net`)
+    await a.sock.readMessages([got.key])
+    await told(EVE, id, 'read_by', `${ANA}:1@s.whatsapp.net`)
+    step(`direct message from a phone by ${addressing}, with delivery and read receipt`)
+  }
+  const id = await a.say(jid(EVE), 'to the phone')
+  assert.equal((await shownAt(EVE, id, 'to the phone')).from, ANA)
+  await shownAt(ANA, id, 'to the phone') // the own phone's copy
+  // An update that comes while the message itself is being announced is folded into it.
+  const status = wanted => () =>
+    a.updates.find(u => u.key.id === id && u.update.status === wanted) || a.messages.find(m => m.key.id === id && m.status === wanted)
+  await until('delivery receipt at Baileys', status(3))
+  await request('POST', `/phones/${EVE}/read`, { from: ANA, message_ids: [id] })
+  await until('read receipt at Baileys', status(4))
+  step('direct message to a phone, with delivery and read receipt')
+  const there = await a.say(jid(BOB), 'to the other client')
+  assert.equal((await b.text(there)).text, 'to the other client')
+  const back = await b.say(jid(ANA), 'and back')
+  assert.equal((await a.text(back)).text, 'and back')
+  step('direct messages between two Baileys')
+}
+
+async function groups(a, b) {
+  const { id: group } = await request('POST', '/groups', { creator: EVE, participants: [ANA, BOB], subject: 'Three' })
+  await until('the group at Baileys', () => a.groups.find(g => g.id === group))
+  const info = await a.sock.groupMetadata(group)
+  assert.equal(info.subject, 'Three')
+  assert.equal(info.addressingMode, 'lid')
+  assert.deepEqual(info.participants.map(p => p.phoneNumber), [EVE, ANA, BOB].map(jid))
+  assert.deepEqual(Object.keys(await a.sock.groupFetchAllParticipating()), [group])
+  for (const text of ['with the sender key', 'without it']) {
+    const [id] = await phoneSays(EVE, group, text)
+    for (const client of [a, b]) {
+      const got = await client.text(id)
+      assert.equal(got.text, text)
+      assert.equal(got.key.remoteJid, group)
+      assert.ok(got.key.participant.endsWith('@lid'))
+    }
+    await told(EVE, id, 'delivered_to', `${ANA}:1@s.whatsapp.net`)
+  }
+  step('group messages from a phone')
+  for (const text of ['to the group', 'and again']) {
+    const id = await a.say(group, text)
+    assert.equal((await b.text(id)).text, text)
+    for (const number of [EVE, BOB]) assert.equal((await shownAt(number, id, text)).group, group)
+    await until('a receipt in the group at Baileys', () =>
+      a.receipts.find(r => r.key.id === id) || a.messages.find(m => m.key.id === id && m.userReceipt?.length))
+  }
+  step('group messages from Baileys, with receipts')
+}
+
+async function offline(a) {
+  await nothingPending(ANA)
+  await a.close()
+  await until('offline at the server', async () => {
+    const { phones } = await request('GET', '/phones')
+    return phones.find(p => p.number === ANA).devices.every(d => !d.connected)
+  })
+  const ids = await phoneSays(EVE, ANA, 'while away', 150)
+  await a.open()
+  await a.isOnline()
+  for (const [i, id] of ids.entries()) assert.equal((await a.text(id)).text, `while away ${i + 1}`)
+  await nothingPending(ANA)
+  step('150 messages that waited, after a new login')
+}
+
+async function ends(a, b) {
+  await a.sock.logout()
+  await until('the device gone', async () => {
+    const { phones } = await request('GET', '/phones')
+    return phones.find(p => p.number === ANA).devices.length === 0
+  })
+  step('logout')
+  await request('POST', `/phones/${BOB}/devices/1/unlink`, {})
+  await until('Baileys told that it is unlinked', () => b.ended === LOGGED_OUT)
+  step('unlinked by the phone')
+}
+
+for (const [number, name] of [[ANA, 'Ana'], [BOB, 'Bob'], [EVE, 'Eve']]) await request('POST', '/phones', { number, name })
+const [a, b] = [new Client('ana'), new Client('bob')]
+await a.pairByQR(ANA)
+step('paired by QR')
+await b.pairByCode(BOB)
+step('paired by code')
+await direct(a, b)
+await groups(a, b)
+await offline(a)
+const { phones } = await request('GET', '/phones')
+for (const { number } of phones) {
+  const { undecryptable } = await request('GET', `/phones/${number}/received`)
+  assert.equal(undecryptable, 0, `undecryptable messages at ${number}`)
+}
+await ends(a, b)
+console.log('all ok')
+process.exit(0) // Baileys leaves timers behind
