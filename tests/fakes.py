@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+
+import orjson
 
 from warren.errors import StateError
 from warren.ports import (
@@ -20,60 +23,114 @@ from warren.ports import (
 
 
 class MemoryStore:
-    """`ports.Store`. `failing`: how many further writes fail, as a full disk would."""
+    """`ports.Store`; passes the same conformance tests as the real one. `failing`: how many further writes fail, as a full
+    disk would.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[tuple[str, int, int], OutboxRow] = {}
         self.journal: dict[tuple[str, str], JournalRow] = {}
         self.records: dict[str, SessionRecord] = {}
         self.failing = 0
+        self._queued: list[tuple[tuple[Write, ...], asyncio.Future[None]]] = []
+        self._closed = False
 
     def write(self, *writes: Write) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_soon(self._apply, writes, future)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        if self._closed:
+            future.set_exception(StateError("The store is closed."))
+        else:
+            self._queued.append((writes, future))
+            loop.call_soon(self._flush)
         return future
 
-    def _apply(self, writes: tuple[Write, ...], future: asyncio.Future[None]) -> None:
+    def _flush(self) -> None:
+        """Write what is queued, in order."""
+        queued, self._queued = self._queued, []
+        for writes, future in queued:
+            error = self._unit(writes)
+            if future.cancelled():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+    def _unit(self, writes: tuple[Write, ...]) -> Exception | None:
+        """All of a unit or nothing of it."""
         if self.failing:
             self.failing -= 1
-            future.set_exception(StateError("The disk is full."))
-            return
-        for write in writes:
-            match write:
-                case AddEvent(row):
-                    self.rows[row.session, row.epoch, row.sequence] = row
-                case RemoveEvents(keys):
-                    for key in keys:
-                        self.rows.pop(key, None)
-                case PutOutcome(row):
-                    self.journal[row.session, row.command_id] = row
-                case PutSession(record):
-                    self.records[record.session] = record
-        if not future.cancelled():
-            future.set_result(None)
+            return StateError("The disk is full.")
+        before = dict(self.rows), dict(self.journal), dict(self.records)
+        try:
+            for write in writes:
+                self._apply(write)
+        except (StateError, TypeError) as e:
+            self.rows, self.journal, self.records = before
+            return e
+        return None
+
+    def _apply(self, write: Write) -> None:
+        match write:
+            case AddEvent(row):
+                self._add(row)
+            case RemoveEvents(keys):
+                for key in keys:
+                    self.rows.pop(key, None)
+            case PutOutcome(outcome):
+                self.journal[outcome.session, outcome.command_id] = outcome
+            case PutSession(record):
+                orjson.dumps(record.settings)  # raises TypeError for what cannot be stored
+                old = self.records.get(record.session)
+                if old is not None and old.epoch == record.epoch:
+                    record = replace(record, sequence=old.sequence)
+                self.records[record.session] = record
+
+    def _add(self, row: OutboxRow) -> None:
+        key = (row.session, row.epoch, row.sequence)
+        if key in self.rows:
+            raise StateError(f"There is an event {key} already.")
+        self.rows[key] = row
+        record = self.records.get(row.session)
+        if record is not None and record.epoch == row.epoch:
+            self.records[row.session] = replace(record, sequence=max(record.sequence, row.sequence))
+
+    async def _read(self) -> None:
+        """Reads see every write asked for before them."""
+        if self._closed:
+            raise StateError("The store is closed.")
+        self._flush()
+        await asyncio.sleep(0)
 
     async def sessions(self) -> list[SessionRecord]:
-        return list(self.records.values())
+        await self._read()
+        return [self.records[session] for session in sorted(self.records)]
 
     async def session(self, session: str) -> SessionRecord | None:
+        await self._read()
         return self.records.get(session)
 
     async def outcome(self, session: str, command_id: str) -> JournalRow | None:
+        await self._read()
         return self.journal.get((session, command_id))
 
     async def outbox_sessions(self) -> list[str]:
+        await self._read()
         return sorted({session for session, _, _ in self.rows})
 
     async def outbox_page(self, session: str, after: tuple[int, int], limit: int) -> list[OutboxRow]:
-        await asyncio.sleep(0)
+        await self._read()
         mine = sorted((k, r) for k, r in self.rows.items() if k[0] == session and k[1:] > after)
         return [row for _, row in mine[:limit]]
 
     async def outbox_bytes(self) -> int:
+        await self._read()
         return sum(len(r.body) for r in self.rows.values())
 
     async def close(self) -> None:
-        return
+        self._flush()
+        self._closed = True
 
 
 class MemoryBus:
