@@ -16,10 +16,13 @@ import (
 	"syscall"
 	"time"
 
+	"go.mau.fi/whatsmeow/store"
+
 	"warren/engine/internal/endpoint"
 	"warren/engine/internal/engine"
 	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
+	"warren/engine/internal/waversion"
 )
 
 // version is the engine's; a release build sets it with -ldflags "-X main.version=…".
@@ -32,32 +35,55 @@ const (
 )
 
 func main() {
-	os.Exit(run())
+	os.Exit(run(os.Args[1:]))
 }
 
-func run() int {
-	var address, rootKey, caFile string
-	var maxSessions int
-	var told bool
-	var level slog.Level
-	flag.StringVar(&address, "endpoint", "", "connect to a simulator at wss://127.0.0.1:PORT instead of WhatsApp")
-	flag.StringVar(&rootKey, "root-key", "", "the simulator's root key, 64 hexadecimal digits (only with --endpoint)")
-	flag.StringVar(&caFile, "ca-file", "", "the simulator's CA certificate (only with --endpoint)")
-	flag.IntVar(&maxSessions, "max-sessions", 250, "how many sessions may be open at one time")
-	flag.TextVar(&level, "log-level", slog.LevelInfo, "debug, info, warn or error")
-	flag.BoolVar(&told, "version", false, "print the versions as JSON and exit")
-	flag.Parse()
-	if told {
+// arguments are the command line's.
+type arguments struct {
+	address, rootKey, caFile string
+	versionCache             string
+	waVersion                store.WAVersionContainer
+	maxSessions              int
+	level                    slog.Level
+	version                  bool
+}
+
+func parseArguments(words []string) (a arguments, err error) {
+	flags := flag.NewFlagSet("warren-engine", flag.ContinueOnError)
+	flags.StringVar(&a.address, "endpoint", "", "connect to a simulator at wss://127.0.0.1:PORT instead of WhatsApp")
+	flags.StringVar(&a.rootKey, "root-key", "", "the simulator's root key, 64 hexadecimal digits (only with --endpoint)")
+	flags.StringVar(&a.caFile, "ca-file", "", "the simulator's CA certificate (only with --endpoint)")
+	flags.StringVar(&a.versionCache, "version-cache", "", "file in which the version of WhatsApp Web is kept over restarts")
+	flags.Func("wa-version", "claim to be this version of WhatsApp Web, such as 2.3000.1045649367, instead of asking for the current one", func(text string) (err error) {
+		a.waVersion, err = waversion.Parse(text)
+		return err
+	})
+	flags.IntVar(&a.maxSessions, "max-sessions", 250, "how many sessions may be open at one time")
+	flags.TextVar(&a.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	flags.BoolVar(&a.version, "version", false, "print the versions as JSON and exit")
+	if err := flags.Parse(words); err != nil {
+		return a, err
+	}
+	if flags.NArg() > 0 || a.maxSessions < 1 {
+		return a, errors.New("no arguments are expected, and --max-sessions must be positive")
+	}
+	return a, nil
+}
+
+func run(words []string) int {
+	given, err := parseArguments(words)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return engine.ExitOK
+	case err != nil:
+		return usage(err)
+	case given.version:
 		return printVersion()
 	}
-
 	// Session state is secret: no file of this process is readable by others.
 	syscall.Umask(0o077)
 	ignoreSignals()
-	if flag.NArg() > 0 || maxSessions < 1 {
-		return usage(errors.New("no arguments are expected, and --max-sessions must be positive"))
-	}
-	where, err := endpoint.Parse(address, rootKey, caFile)
+	where, err := endpoint.Parse(given.address, given.rootKey, given.caFile)
 	if err != nil {
 		return usage(err)
 	}
@@ -67,11 +93,12 @@ func run() int {
 	}
 	output := logs.NewOutput(os.Stderr)
 	defer output.Close(logFlush)
-	log := logs.New(output, level)
+	log := logs.New(output, given.level)
 	logs.SetupLibsignal(log)
 	return engine.Run(engine.Options{
-		Pipe: pipe, Endpoint: where, Log: log, MaxSessions: maxSessions,
+		Pipe: pipe, Endpoint: where, Log: log, MaxSessions: given.maxSessions,
 		Version: version, Whatsmeow: whatsmeowVersion(), Stop: stopSignal(),
+		WAVersion: given.waVersion, VersionCache: given.versionCache,
 	})
 }
 

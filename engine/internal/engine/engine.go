@@ -9,18 +9,21 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"go.mau.fi/whatsmeow/store"
 	"golang.org/x/sync/semaphore"
 
 	"warren/engine/internal/endpoint"
 	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
 	"warren/engine/internal/session"
+	"warren/engine/internal/waversion"
 )
 
 // Exit statuses.
@@ -44,6 +47,10 @@ type Options struct {
 	Version     string
 	Whatsmeow   string
 	Stop        <-chan struct{} // closed by a signal
+
+	WAVersion    store.WAVersionContainer // not zero: sessions claim to be this version of WhatsApp Web
+	VersionCache string                   // file for the version that WhatsApp serves; empty: none
+	VersionHTTP  *http.Client             // asks for it; nil: the default. With a foreign endpoint it is never used
 }
 
 // Engine holds the open sessions of one process.
@@ -51,6 +58,7 @@ type Engine struct {
 	Options
 	out    *frames.Writer
 	cfg    *session.Config
+	web    *waversion.Keeper
 	ctx    context.Context
 	cancel context.CancelFunc
 	exit   chan int // the first status wins
@@ -82,10 +90,15 @@ func Run(options Options) int {
 		}
 		e.leave(ExitOK)
 	})
+	e.web = waversion.New(waversion.Options{
+		Offline: options.Endpoint.Foreign(), Pinned: options.WAVersion, CachePath: options.VersionCache, HTTP: options.VersionHTTP, Log: options.Log,
+	})
+	go e.web.Run(e.ctx)
 	var events atomic.Int64
 	e.cfg = &session.Config{
 		Out: e.out, Endpoint: options.Endpoint, Log: options.Log, Timing: session.DefaultTiming(),
 		NextEventID: func() int64 { return events.Add(1) }, Downloads: semaphore.NewWeighted(parallelDownloads),
+		WAVersion: e.web,
 	}
 	_ = e.out.Event(e.ctx, frames.Event{Event: "hello", Data: hello{
 		Protocol: frames.Version, Engine: options.Version, Whatsmeow: options.Whatsmeow, PID: os.Getpid(),
@@ -227,11 +240,22 @@ type measurements struct {
 	Goroutines int    `json:"goroutines"`
 	RSSBytes   uint64 `json:"rss_bytes"`
 	HeapBytes  uint64 `json:"heap_bytes"`
+	WAVersion  string `json:"wa_version"`
+	// WAVersionAge is in seconds, since WhatsApp was last heard to serve it; null: never.
+	WAVersionAge *int64 `json:"wa_version_age_s"`
 }
 
 func (e *Engine) measure() measurements {
 	e.mu.Lock()
 	count := len(e.sessions)
 	e.mu.Unlock()
-	return measurements{Sessions: count, Goroutines: runtime.NumGoroutine(), RSSBytes: residentBytes(), HeapBytes: heapBytes()}
+	version, age := e.web.Current()
+	result := measurements{
+		Sessions: count, Goroutines: runtime.NumGoroutine(), RSSBytes: residentBytes(), HeapBytes: heapBytes(), WAVersion: version.String(),
+	}
+	if age >= 0 {
+		seconds := int64(age.Seconds())
+		result.WAVersionAge = &seconds
+	}
+	return result
 }

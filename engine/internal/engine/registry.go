@@ -113,6 +113,7 @@ func (e *Engine) openUnlessStopping(options *session.Options) (*session.Session,
 	if stopping {
 		return nil, frames.Errorf(frames.CodeBusy, "the engine is stopping")
 	}
+	e.web.BeforeOpen(e.ctx)
 	return e.openSession(options)
 }
 

@@ -51,6 +51,9 @@ func (s *Session) onLifecycle(evt any) {
 	if end == nil {
 		return
 	}
+	if _, outdated := evt.(*events.ClientOutdated); outdated {
+		s.cfg.WAVersion.Refused(s.version)
+	}
 	if end.deleteDevice && s.loggingOut.Load() {
 		// WhatsApp confirms our own logout in this way, sometimes before it answers the request.
 		end.event, end.data = "", nil

@@ -27,6 +27,7 @@ import (
 	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
 	"warren/engine/internal/state"
+	"warren/engine/internal/waversion"
 )
 
 const (
@@ -78,6 +79,7 @@ type Config struct {
 	Log         *slog.Logger
 	NextEventID func() int64
 	Downloads   *semaphore.Weighted // bounds the histories in memory at one time, over all sessions
+	WAVersion   *waversion.Keeper
 	Timing      Timing
 }
 
@@ -105,6 +107,8 @@ type Session struct {
 	base   context.Context
 	ctx    context.Context
 	cancel context.CancelFunc
+
+	version store.WAVersionContainer // of WhatsApp Web, that this generation claims to be
 
 	store *state.Store
 	cli   *whatsmeow.Client
@@ -140,6 +144,7 @@ func Open(base context.Context, cfg *Config, options Options) (*Session, error) 
 		inbox: make(chan any, lifecycleQueue), history: make(chan *waE2E.HistorySyncNotification, historyQueue),
 		dialDone: make(chan struct{}), done: make(chan struct{}), ending: make(chan struct{}),
 	}
+	s.version, _ = cfg.WAVersion.Current()
 	s.ctx, s.cancel = context.WithCancel(base)
 	s.wire = &wire{onRefusal: func(code int) { s.post(refusal{code}) }}
 	s.sends = newSender(s)
@@ -170,15 +175,16 @@ func (s *Session) newClient(device *store.Device) *whatsmeow.Client {
 	cli.SetForceActiveDeliveryReceipts(true)
 	// whatsmeow calls this without looking when WhatsApp refuses with 413 or 414.
 	cli.RefreshCAT = func(context.Context) error { return errors.New("not a Messenger client") }
-	cli.GetClientPayload = func() *waWa6.ClientPayload { return clientPayload(device, s.DeviceName) }
+	cli.GetClientPayload = func() *waWa6.ClientPayload { return clientPayload(device, s.DeviceName, s.version) }
 	cli.AddEventHandlerWithSuccessStatus(s.handle)
 	s.cfg.Endpoint.Apply(cli, s.Proxy)
 	return cli
 }
 
-// clientPayload is whatsmeow's, with this session's name for the phone's list of linked devices: whatsmeow has one name for the whole process.
-func clientPayload(device *store.Device, name string) *waWa6.ClientPayload {
+// clientPayload is whatsmeow's, with this session's version, and its name for the phone's list of linked devices: whatsmeow has one of each for the whole process.
+func clientPayload(device *store.Device, name string, version store.WAVersionContainer) *waWa6.ClientPayload {
 	payload := device.GetClientPayload()
+	waversion.Apply(payload, version)
 	if payload.DevicePairingData == nil || name == "" {
 		return payload
 	}

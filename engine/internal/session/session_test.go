@@ -22,6 +22,7 @@ import (
 
 	"warren/engine/internal/endpoint"
 	"warren/engine/internal/frames"
+	"warren/engine/internal/waversion"
 )
 
 // recorder is the daemon's side: it keeps events and may answer them.
@@ -70,6 +71,7 @@ func newSession(t *testing.T, timing Timing) (*Session, *recorder) {
 	var id int64
 	cfg := &Config{
 		Out: out, Endpoint: where, Log: slog.New(slog.DiscardHandler), Timing: timing, Downloads: semaphore.NewWeighted(1),
+		WAVersion:   waversion.New(waversion.Options{Offline: true, Log: slog.New(slog.DiscardHandler)}),
 		NextEventID: func() int64 { id++; return id },
 	}
 	s, err := Open(context.Background(), cfg, Options{Session: "acme", Generation: 1, Dir: t.TempDir(), Create: true, DeviceName: "Test"})

@@ -4,12 +4,19 @@ package session
 
 import (
 	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
 	"sync"
 	"testing"
 
 	"go.mau.fi/whatsmeow/proto/waCompanionReg"
 	"go.mau.fi/whatsmeow/store"
+	"go.mau.fi/whatsmeow/types/events"
 	"google.golang.org/protobuf/proto"
+
+	"warren/engine/internal/waversion"
 )
 
 // TestParallelPairingsKeepTheirNames asks for registrations side by side: whatsmeow keeps one name for the whole process.
@@ -33,5 +40,29 @@ func TestParallelPairingsKeepTheirNames(t *testing.T) {
 	pairings.Wait()
 	if store.DeviceProps.GetOs() != before {
 		t.Error("the name of the process was changed")
+	}
+}
+
+type servedVersion string
+
+func (v servedVersion) RoundTrip(*http.Request) (*http.Response, error) {
+	return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(`{"client_revision":` + string(v) + `,`))}, nil
+}
+
+func TestARefusedVersionIsReported(t *testing.T) {
+	s, _ := newSession(t, quick())
+	keeper := waversion.New(waversion.Options{HTTP: &http.Client{Transport: servedVersion("2999999999")}, Log: slog.New(slog.DiscardHandler)})
+	s.cfg.WAVersion = keeper
+	keeper.BeforeOpen(t.Context())
+	if version, _ := keeper.Current(); version != s.version {
+		t.Fatalf("%s before anything was refused", version)
+	}
+	s.handle(&events.ClientOutdated{})
+	keeper.BeforeOpen(t.Context())
+	if version, _ := keeper.Current(); version.String() != "2.3000.2999999999" {
+		t.Errorf("%s after a refusal", version)
+	}
+	if claimed := s.cli.GetClientPayload().GetUserAgent().GetAppVersion().GetTertiary(); claimed != s.version[2] {
+		t.Errorf("claims %d", claimed)
 	}
 }
