@@ -90,12 +90,15 @@ async def test_logout_removes_and_create_begins_anew(tmp_path: Path, broker: Bro
         missing = await rig.call("status", "acme")
         assert missing.error is not None
         assert missing.error["code"] == "session_not_found"
-        assert not (rig.warrend.state / "sessions" / "acme").exists()
+        await until(lambda: not (rig.warrend.state / "sessions" / "acme").exists(), "the state to be deleted")
         after = len(rig.got.events)
         created = await rig.call("create", "acme")
         assert created.result["epoch"] == 2
         await rig.got.event("qr", "acme", after=after)
-        assert (await rig.call("logout", "acme")).ok
+        # Two at once: one removes it, the other finds nothing to remove; neither waits for ever.
+        both = await asyncio.gather(rig.call("logout", "acme"), rig.call("logout", "acme"))
+        assert sorted(o.ok for o in both) == [False, True]
+        assert [o.error["code"] for o in both if o.error] == ["session_not_found"]
 
 
 async def test_sends_wait_while_the_session_is_offline(tmp_path: Path, broker: Broker, prefix: str) -> None:

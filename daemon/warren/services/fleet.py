@@ -115,6 +115,8 @@ class Fleet:
         self._sessions.pop(session.id, None)
         self._actors.pop(session.id, None)
         self._begin_removal(session.record, self._claims.pop(session.id))
+        for incoming in session.abandoned():
+            self._on_control(incoming)  # answered like every command for a session that is not there
 
     def _begin_removal(self, record: SessionRecord, claim: Claim) -> None:
         task = asyncio.create_task(self._remove(record, claim), name=f"remove.{record.session}")
@@ -122,9 +124,10 @@ class Fleet:
         task.add_done_callback(lambda _: self._removals.pop(record.session, None))
 
     async def _remove(self, record: SessionRecord, claim: Claim) -> None:
-        """Empty and delete the queues of a session that is logged out; goes on after a restart until it is done."""
+        """Delete the state and the queues of a session that is logged out; goes on after a restart until it is done."""
         while True:
             try:
+                await self._deps.state_dir.remove(record.session)
                 await self._bus.connected.wait()
                 await claim.release(remove=True)
                 gone = SessionRecord(record.session, record.epoch, Desired.GONE)

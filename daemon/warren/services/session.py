@@ -26,7 +26,7 @@ from warren.core.frames import EngineEvent
 from warren.core.machine import CAUSES, Cause, IllegalTrigger, State, Trigger, cause_of, step
 from warren.core.names import event_id
 from warren.errors import CommandError, EngineError, StateError
-from warren.ports import Claim, Desired, PutSession, SessionRecord, StateDir, Store
+from warren.ports import Claim, Desired, Incoming, PutSession, SessionRecord, StateDir, Store
 from warren.services.delivery import Delivery
 from warren.services.engines import Engines
 from warren.services.outcomes import Outcomes, Task
@@ -130,6 +130,7 @@ class Session:
         self._qr: dict[str, Any] | None = None
         self._pairing_code: dict[str, Any] | None = None
         self._codes_shown = 0
+        self._just_paired = False
         self._last_message_at: str | None = None
         self._generation = 0
         self._over = 0
@@ -151,7 +152,7 @@ class Session:
 
     def resume(self) -> None:
         """Start it as its registry row wants, after a start of the daemon."""
-        if self._record.desired is Desired.RUNNING and not self._record.halted:
+        if self._record.desired is Desired.RUNNING and not self._record.halted and self._halted is None:
             self._post(_Happened(Trigger.START))
 
     def command(self, task: Task) -> None:
@@ -184,6 +185,11 @@ class Session:
     @property
     def record(self) -> SessionRecord:
         return self._record
+
+    def abandoned(self) -> list[Incoming]:
+        """The commands that a removed session has taken and will not execute."""
+        left = [self._mailbox.get_nowait() for _ in range(self._mailbox.qsize())]
+        return [item.incoming for item in left if isinstance(item, Task)]
 
     def status(self) -> dict[str, Any]:
         """What is known right now; see docs/message-api.md."""
@@ -235,7 +241,9 @@ class Session:
     async def _handle(self, item: _Item) -> None:
         match item:
             case Task():
-                await self._command(item)
+                # Stopping: what is not begun stays unsettled, and RabbitMQ keeps it for the next start.
+                if self._halted is None:
+                    await self._command(item)
             case _Due(serial) if serial == self._timer_serial:
                 await self._timer_up()
             case _Halt():
@@ -312,11 +320,14 @@ class Session:
             self._report_halted()
 
     async def _logout(self, task: Task) -> None:
-        """Unlink at WhatsApp, delete the state, give the queues back. Every step may be repeated after a crash."""
+        """Unlink at WhatsApp, then put on record that the session is to be removed, which the fleet does.
+
+        Killed before that is on disk, the command comes again: if WhatsApp has unlinked the device, the session is LOGGED_OUT.
+        """
         if self.state is State.ONLINE:
             await self._leave_online()
             await self._unlink()
-        elif self._record.paired and self.state is not State.LOGGED_OUT:
+        elif self._record.paired and self.state not in {State.LOGGED_OUT, State.QUARANTINED}:
             raise CommandError(
                 "not_connected",
                 f"The session is {self.state.value}, so WhatsApp cannot be told to unlink the device.",
@@ -326,7 +337,6 @@ class Session:
         else:
             await self._close_beside_and_wait()
         self._over = self._generation
-        await self._deps.state_dir.remove(self.id)
         before = self.state
         self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="")
         self._cancel_timer()
@@ -589,6 +599,7 @@ class Session:
                 self._heard.set()
                 return _Happened(Trigger.QR, generation, None, data)
             case "paired":
+                self._just_paired = True
                 return _Happened(Trigger.PAIRED, generation, None, data)
             case "connected":
                 return _Happened(Trigger.CONNECTED, generation, None, data)
@@ -604,6 +615,9 @@ class Session:
     def _ended(self, generation: int, reason: str, data: dict[str, Any]) -> _Happened:
         self._heard.set()
         self._deps.engines.forget(self.id, generation)
+        if reason == "restart_required" and not self._just_paired:
+            reason = "server"  # only pairing earns a new connection at once; a server that keeps asking meets the backoff
+        self._just_paired = False
         if reason == "qr_expired" and self._record.settings.get("phone_number") and self._codes_shown < PAIRING_CODES:
             reason = "code_expired"
         cause = cause_of(reason)
