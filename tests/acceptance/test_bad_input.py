@@ -137,10 +137,10 @@ class Publisher:
         async with await aio_pika.connect(self._rig.url) as connection:
             self.channel = await connection.channel()
             self.queue = await self.channel.declare_queue(exclusive=True)
-            await self.queue.consume(self._reply, no_ack=True)
+            await self.queue.consume(self.on_reply, no_ack=True)
             yield self
 
-    async def _reply(self, message: aio_pika.abc.AbstractIncomingMessage) -> None:
+    async def on_reply(self, message: aio_pika.abc.AbstractIncomingMessage) -> None:
         self.replies[str(message.correlation_id)] = orjson.loads(message.body)
         self._answered.set()
 
@@ -230,7 +230,9 @@ async def test_every_bad_command_gets_a_precise_error(tmp_path: Path, broker: Br
         found += await by_code("not_connected", rig, publisher)
         assert found == []
 
-        dead = {m.body: str(m.headers["x-warren-reason"]) for m in await publisher.dead()}
+        buried = await publisher.dead()
+        assert all(str(m.headers["x-warren-exchange"]).startswith("bad.") and m.headers["x-warren-message"] for m in buried)
+        dead = {m.body: str(m.headers["x-warren-reason"]) for m in buried}
         assert dead == {case.bytes: case.code for case in CASES if case.dead}
         await until(lambda: empty(broker, rig.prefix), "empty queues")
         assert (await rig.sim.received(PEER))["stanzas"] == 2, "nothing that was refused went out"
@@ -266,6 +268,27 @@ async def test_replies_that_lead_nowhere_or_into_warren(tmp_path: Path, broker: 
         # Had a reply come back as a command, it would have been refused, and told of.
         assert len(rig.got.of("command_failed")) == len(own + nowhere)
         assert (await rig.call("status", "acme")).ok, "the next reply finds its way"
+        direct = await publisher.channel.get_queue("amq.rabbitmq.reply-to", ensure=False)
+        await direct.consume(publisher.on_reply, no_ack=True)
+        body = orjson.dumps({"command": "status", "session": "acme"})
+        await publisher.publish("control", "acme", body, reply_to=direct.name, correlation_id="direct", message_id="direct")
+        assert (await publisher.reply("direct"))["ok"], "RabbitMQ's direct reply-to works"
+
+
+async def test_garbage_waits_its_turn_while_the_session_is_offline(tmp_path: Path, broker: Broker) -> None:
+    async with Rig(tmp_path, broker.url, "later") as rig, Publisher(rig).open() as publisher:
+        await rig.pair("acme", "15550002204")
+        await rig.sim.add_phone(PEER, "Peer")
+        assert (await rig.call("disconnect", "acme")).ok
+        await rig.publish_sends("acme", PEER, 2)
+        await publisher.publish("commands", "acme", b"garbage", message_id="garbage")
+        await rig.publish_sends("acme", PEER, 2, start=3)
+        assert (await rig.call("status", "acme")).result["state"] == "stopped"
+        assert (await rig.call("create", "acme")).ok
+        await rig.got.event("command_completed", "acme", lambda data: data["id"] == "acme-4")
+        await rig.got.event("command_failed", "acme", lambda data: data["id"] == "garbage")
+        assert [m["text"] for m in (await rig.sim.received(PEER))["shown"]] == [f"out {n}" for n in range(1, 5)]
+        assert [m.body for m in await publisher.dead()] == [b"garbage"]
 
 
 def told_id(exchange: str, key: str, body: bytes, message_id: str) -> str | None:
