@@ -460,7 +460,7 @@ func TestTwentySessions(t *testing.T) {
 }
 
 func TestWrongCommandLines(t *testing.T) {
-	for _, arguments := range [][]string{{"--root-key", "ab"}, {"--endpoint", "wss://192.0.2.1:1"}, {"surplus"}, {"--max-sessions", "0"}, {"--dance"}, {"--wa-version", "new"}, {}} {
+	for _, arguments := range [][]string{{"--root-key", "ab"}, {"--endpoint", "wss://192.0.2.1:1"}, {"surplus"}, {"--max-sessions", "0"}, {"--memory-limit-mb", "-1"}, {"--dance"}, {"--wa-version", "new"}, {}} {
 		command := exec.Command(filepath.Join(binaries, "warren-engine"), arguments...) // without a descriptor 3
 		out, _ := command.CombinedOutput()
 		if status := command.ProcessState.ExitCode(); status != exitUsage || len(out) == 0 {

@@ -30,8 +30,10 @@ var version = "0.1.0"
 
 const (
 	exitUsage = 64
-	pipeFD    = 3
-	logFlush  = time.Second
+	// maxMemoryLimitMB keeps the limit in bytes within 64 bits.
+	maxMemoryLimitMB = 1 << 40
+	pipeFD           = 3
+	logFlush         = time.Second
 )
 
 func main() {
@@ -44,6 +46,7 @@ type arguments struct {
 	versionCache             string
 	waVersion                store.WAVersionContainer
 	maxSessions              int
+	memoryLimitMB            int64
 	level                    slog.Level
 	version                  bool
 }
@@ -59,13 +62,19 @@ func parseArguments(words []string) (a arguments, err error) {
 		return err
 	})
 	flags.IntVar(&a.maxSessions, "max-sessions", 250, "how many sessions may be open at one time")
+	flags.Int64Var(&a.memoryLimitMB, "memory-limit-mb", 0, "how much memory Go should keep to, in MiB; 0 for no limit")
 	flags.TextVar(&a.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	flags.BoolVar(&a.version, "version", false, "print the versions as JSON and exit")
 	if err := flags.Parse(words); err != nil {
 		return a, err
 	}
-	if flags.NArg() > 0 || a.maxSessions < 1 {
-		return a, errors.New("no arguments are expected, and --max-sessions must be positive")
+	switch {
+	case flags.NArg() > 0:
+		return a, errors.New("no arguments are expected")
+	case a.maxSessions < 1:
+		return a, errors.New("--max-sessions must be positive")
+	case a.memoryLimitMB < 0 || a.memoryLimitMB > maxMemoryLimitMB:
+		return a, fmt.Errorf("--memory-limit-mb must be between 0 and %d", maxMemoryLimitMB)
 	}
 	return a, nil
 }
@@ -83,6 +92,9 @@ func run(words []string) int {
 	// Session state is secret: no file of this process is readable by others.
 	syscall.Umask(0o077)
 	ignoreSignals()
+	if given.memoryLimitMB > 0 {
+		debug.SetMemoryLimit(given.memoryLimitMB << 20)
+	}
 	where, err := endpoint.Parse(given.address, given.rootKey, given.caFile)
 	if err != nil {
 		return usage(err)

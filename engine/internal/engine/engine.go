@@ -240,7 +240,9 @@ type measurements struct {
 	Goroutines int    `json:"goroutines"`
 	RSSBytes   uint64 `json:"rss_bytes"`
 	HeapBytes  uint64 `json:"heap_bytes"`
-	WAVersion  string `json:"wa_version"`
+	// MemoryLimitBytes is what Go keeps to, by collecting more often; null: none.
+	MemoryLimitBytes *int64 `json:"memory_limit_bytes"`
+	WAVersion        string `json:"wa_version"`
 	// WAVersionAge is in seconds, since WhatsApp was last heard to serve it; null: never.
 	WAVersionAge *int64 `json:"wa_version_age_s"`
 }
@@ -251,7 +253,7 @@ func (e *Engine) measure() measurements {
 	e.mu.Unlock()
 	version, age := e.web.Current()
 	result := measurements{
-		Sessions: count, Goroutines: runtime.NumGoroutine(), RSSBytes: residentBytes(), HeapBytes: heapBytes(), WAVersion: version.String(),
+		Sessions: count, Goroutines: runtime.NumGoroutine(), RSSBytes: residentBytes(), HeapBytes: heapBytes(), MemoryLimitBytes: memoryLimit(), WAVersion: version.String(),
 	}
 	if age >= 0 {
 		seconds := int64(age.Seconds())

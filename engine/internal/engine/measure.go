@@ -4,7 +4,9 @@ package engine
 
 import (
 	"bytes"
+	"math"
 	"os"
+	"runtime/debug"
 	"runtime/metrics"
 	"strconv"
 )
@@ -24,6 +26,15 @@ func residentBytes() uint64 {
 		return 0
 	}
 	return pages * uint64(os.Getpagesize())
+}
+
+// memoryLimit is the runtime's, which GOMEMLIMIT may have set too; nil for none.
+func memoryLimit() *int64 {
+	limit := debug.SetMemoryLimit(-1) // only asks
+	if limit == math.MaxInt64 {
+		return nil
+	}
+	return &limit
 }
 
 // heapBytes asks the runtime without stopping the world.
