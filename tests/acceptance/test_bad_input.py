@@ -86,6 +86,7 @@ CASES = [
     Case("invalid_command", "a session that is a list", {"session": ["acme"]}, of=NO_SESSION),
     Case("invalid_command", "arguments that are text", {"args": "to"}),
     Case("invalid_command", "a time without zone", {"expires_at": "2030-11-20T12:00:00"}),
+    Case("invalid_command", "a time that is none", {"expires_at": "2030-02-30T12:00:00Z"}),
     Case("invalid_command", "a time that is a number", {"expires_at": 1_900_000_000}),
     Case("invalid_command", "a message_id of 201 characters", {"id": None}, message_id="x" * 201),
     Case("unknown_command", "a command that is not there", {"command": "sing"}),

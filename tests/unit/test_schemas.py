@@ -119,6 +119,7 @@ def fits(adapter: Any, example: dict[str, Any]) -> bool:
 
 def mutations(valid: dict[str, Any]) -> Iterator[dict[str, Any]]:
     values: list[Any] = ["", "x", "acme", "x" * 201, "+15551234567", "+1", "15551234567@lid", "2030-11-20T12:00:00Z", "2030", 0]
+    values += ["2030-11-20T12:00:00", "2030-W01-1T00:00:00Z", "2030-11-20T12:00:00.5+01:00", "20301120T000000Z"]
     values += [-1, 1.5, True, [], {}, {"to": "+15551234567"}, {"text": "x"}, {"device_name": "x" * 51}]
     for field in ("command", "session", "id", "expires_at", "args", "extra"):
         yield {k: v for k, v in valid.items() if k != field}

@@ -14,11 +14,10 @@ from pydantic import ConfigDict, Field, TypeAdapter
 # Pydantic cannot use typing's own TypedDict before Python 3.12.
 from typing_extensions import TypedDict
 
+from warren.core.envelope import TIME
 from warren.core.names import NO_SESSION, SESSION_ID
 
-_TIME = r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?(Z|[+-]\d{2}:\d{2})$"
-
-Time = Annotated[str, Field(pattern=_TIME, json_schema_extra={"format": "date-time"})]
+Time = Annotated[str, Field(pattern=f"^{TIME.pattern}$", json_schema_extra={"format": "date-time"})]
 """RFC 3339 with a zone."""
 Jid = Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")]
 """`15551234567@s.whatsapp.net`, `987654321@lid`, `120363012345678901@g.us`; a sender's may have a device (`…:3@…`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ CLOUDEVENT = "application/cloudevents+json"
 JSON = "application/json"
 
 _PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
+TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?(Z|[+-]\d{2}:\d{2})", re.ASCII)
 _JID = re.compile(r"[0-9]{5,20}@(s\.whatsapp\.net|lid)|[0-9-]{5,40}@g\.us")
 
 
@@ -113,8 +115,13 @@ class _Envelope(_Strict):
     @field_validator("expires_at", mode="before")
     @classmethod
     def _rfc3339(cls, value: object) -> object:
-        # Strict mode takes only datetime objects; JSON has strings.
-        return datetime.fromisoformat(value) if isinstance(value, str) else value
+        # Strict mode takes only datetime objects; JSON has strings. Python by itself would read more than RFC 3339 allows.
+        if not isinstance(value, str):
+            return value
+        with contextlib.suppress(ValueError):
+            if TIME.fullmatch(value):
+                return datetime.fromisoformat(value)
+        raise ValueError("a time looks like 2030-11-20T12:00:00Z (RFC 3339, with a zone)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +279,8 @@ def _field_error(code: str, error: ValidationError) -> CommandError:
     where = _quoted(".".join(str(part) for part in first["loc"])) or "the command"
     if first["type"] == "extra_forbidden":
         return CommandError(code, f"There is no field `{where}`.", hint="Check the spelling against docs/message-api.md.")
-    return CommandError(code, f"`{where}`: {first['msg']}.", hint="See docs/message-api.md for its type and limits.")
+    said = first["msg"].removeprefix("Value error, ")
+    return CommandError(code, f"`{where}`: {said}.", hint="See docs/message-api.md for its type and limits.")
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------------------
