@@ -9,7 +9,6 @@ import (
 
 // TestAMalformedFrameKillsOneProcess: whatsmeow does not survive the frame, and its process takes its sessions along; no other process, and no pairing.
 func TestAMalformedFrameKillsOneProcess(t *testing.T) {
-	const third = "15550003"
 	sim, victim, dir := pairedEngine(t)
 	sim.phone(t, third)
 	neighbourDir := victim.pair(sim, "neighbour", other)

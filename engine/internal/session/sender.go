@@ -5,6 +5,7 @@ package session
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -164,7 +165,7 @@ func (s *Session) send(job *sendJob) (*Sent, *frames.Error) {
 		return nil, classifySend(failure)
 	}
 	// whatsmeow leaves out devices whose keys it cannot get, and calls a message for our own phone alone a success.
-	if !s.wire.reachedAny(s.isRecipient(job.to, to)) {
+	if !s.wire.reachedAny(s.isRecipient(job.to, to)) && !s.aloneIn(job.to) {
 		return nil, frames.Errorf(frames.CodeRecipientUnreachable, "no device of the recipient has keys to encrypt for")
 	}
 	return &Sent{MessageID: job.request.MessageID, Timestamp: rfc3339(response.Timestamp)}, nil
@@ -189,13 +190,30 @@ func (s *Session) sendUndisturbed(job *sendJob) (whatsmeow.SendResponse, error) 
 	return s.encryptAndSend(job, resume)
 }
 
-// isRecipient tells the recipient's devices from our own. In a group everybody else is a recipient.
+// isRecipient tells the recipient's devices from our own. In a group everybody else is a recipient, and one is enough: the devices that got no key ask
+// for the message again, as they do in official clients.
 func (s *Session) isRecipient(given, resolved types.JID) func(types.JID) bool {
 	if given.Server == types.GroupServer {
-		own, ownLID := s.store.Device.GetJID().User, s.store.Device.GetLID().User
-		return func(jid types.JID) bool { return jid.User != own && jid.User != ownLID }
+		return func(jid types.JID) bool { return !s.isOwn(jid) }
 	}
 	return func(jid types.JID) bool { return jid.User == given.User || jid.User == resolved.User }
+}
+
+func (s *Session) isOwn(jid types.JID) bool {
+	return jid.User == s.store.Device.GetJID().User || jid.User == s.store.Device.GetLID().User
+}
+
+// aloneIn reports whether we are the last member of a group: then there was nobody to encrypt for.
+func (s *Session) aloneIn(group types.JID) bool {
+	if group.Server != types.GroupServer {
+		return false
+	}
+	info, err := s.cli.GetGroupInfo(s.ctx, group)
+	return err == nil && s.onlyOwn(info.Participants)
+}
+
+func (s *Session) onlyOwn(members []types.GroupParticipant) bool {
+	return !slices.ContainsFunc(members, func(p types.GroupParticipant) bool { return !s.isOwn(p.JID) })
 }
 
 // resolve checks that the recipient exists and returns the address that whatsmeow will send to.

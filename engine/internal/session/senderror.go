@@ -18,6 +18,7 @@ const (
 	codeBadRequest  = 400
 	codeRateLimited = 429
 	codeRestricted  = 463
+	codeForbidden   = 403
 	codeNotFound    = 404
 )
 
@@ -38,6 +39,8 @@ func classifySend(err error) *frames.Error {
 		return frames.Errorf(frames.CodeInvalidRecipient, "%v", err)
 	case errors.Is(err, whatsmeow.ErrGroupNotFound):
 		return frames.Errorf(frames.CodeRecipientNotFound, "%v", err)
+	case errors.Is(err, whatsmeow.ErrNotInGroup):
+		return refused(codeForbidden, "the account is not in this group")
 	case errors.As(err, &iq):
 		return refused(iq.Code, "WhatsApp refused a query for the message")
 	}

@@ -13,6 +13,7 @@ import (
 
 	"go.mau.fi/whatsmeow/proto/waCompanionReg"
 	"go.mau.fi/whatsmeow/store"
+	"go.mau.fi/whatsmeow/types"
 	"go.mau.fi/whatsmeow/types/events"
 	"google.golang.org/protobuf/proto"
 
@@ -64,5 +65,26 @@ func TestARefusedVersionIsReported(t *testing.T) {
 	}
 	if claimed := s.cli.GetClientPayload().GetUserAgent().GetAppVersion().GetTertiary(); claimed != s.version[2] {
 		t.Errorf("claims %d", claimed)
+	}
+}
+
+func TestOwnAddressesInAGroup(t *testing.T) {
+	s, _ := newSession(t, quick())
+	pairDevice(t, s)
+	group := types.NewJID("120363000000000000", types.GroupServer)
+	isRecipient := s.isRecipient(group, group)
+	for text, want := range map[string]bool{"15550001@s.whatsapp.net": false, "15550001:3@s.whatsapp.net": false, "900001@lid": false, "900002:1@lid": true} {
+		jid, err := types.ParseJID(text)
+		if err != nil || isRecipient(jid) != want {
+			t.Errorf("%s: %v", text, isRecipient(jid))
+		}
+	}
+	self := types.GroupParticipant{JID: types.NewJID("900001", types.HiddenUserServer)}
+	friend := types.GroupParticipant{JID: types.NewJID("900002", types.HiddenUserServer)}
+	if !s.onlyOwn([]types.GroupParticipant{self}) || s.onlyOwn([]types.GroupParticipant{self, friend}) {
+		t.Error("who else is there")
+	}
+	if s.aloneIn(types.NewJID("15550002", types.DefaultUserServer)) || s.aloneIn(group) { // there is no connection to ask over
+		t.Error("alone")
 	}
 }
