@@ -112,6 +112,7 @@ func TestGroupReceipts(t *testing.T) {
 	})
 	id = c.sayIn(group, "and this")
 	c.receipt(id, types.ReceiptTypeDelivered)
+	until(t, "the message at Eve's phone", func() bool { return len(w.received(eve, "?from="+ana).Shown) == 1 })
 	w.must("POST", "/phones/"+eve+"/read", map[string]any{"from": ana, "message_ids": []string{id}}, nil)
 	if read := c.receipt(id, types.ReceiptTypeRead); read.Chat != group || !read.IsGroup {
 		t.Fatalf("%+v", read)
@@ -205,7 +206,9 @@ func TestGroupErrors(t *testing.T) {
 			t.Errorf("%s %v: status %d", c.path, c.body, status)
 		}
 	}
-	var list struct{ Groups []struct{ ID, Subject string } }
+	var list struct {
+		Groups []struct{ ID, Subject string }
+	}
 	w.must("GET", "/groups", nil, &list)
 	if len(list.Groups) != 1 || list.Groups[0].ID != group.String() {
 		t.Fatalf("%+v", list)

@@ -53,6 +53,17 @@ func TestBadPayloadIsRefused(t *testing.T) {
 // raw is a connection after the handshake, on which the test says what it likes.
 func (w *world) raw() *socket.NoiseSocket {
 	w.Helper()
+	fs, nh := w.shakeHands(nil)
+	ns, err := nh.Finish(w.Context(), fs, func(context.Context, []byte) {}, func(context.Context, *socket.NoiseSocket, bool) {})
+	if err != nil {
+		w.Fatal(err)
+	}
+	return ns
+}
+
+// shakeHands is a connection on which all of the handshake is said, with this payload at its end.
+func (w *world) shakeHands(payload []byte) (*socket.FrameSocket, *socket.NoiseHandshake) {
+	w.Helper()
 	fs := socket.NewFrameSocket(waLog.Noop, w.dial)
 	check := func(err error) {
 		w.Helper()
@@ -83,9 +94,7 @@ func (w *world) raw() *socket.NoiseSocket {
 	check(err)
 	finish := &waWa6.HandshakeMessage_ClientFinish{Static: nh.Encrypt(static.Pub[:])}
 	check(nh.MixSharedSecretIntoKey(*static.Priv, [32]byte(hello.GetEphemeral())))
-	finish.Payload = nh.Encrypt(nil)
+	finish.Payload = nh.Encrypt(payload)
 	send(&waWa6.HandshakeMessage{ClientFinish: finish})
-	ns, err := nh.Finish(w.Context(), fs, func(context.Context, []byte) {}, func(context.Context, *socket.NoiseSocket, bool) {})
-	check(err)
-	return ns
+	return fs, nh
 }

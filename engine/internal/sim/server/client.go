@@ -99,7 +99,7 @@ func (c *client) read(ctx context.Context) {
 			c.log.Error("client handler panicked", "action", "client_panic", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 		}
 	}()
-	if err := c.start(); err != nil {
+	if err := c.start(ctx); err != nil {
 		c.log.Debug("client closed", "action", "client_closed", "error", err)
 		return
 	}

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"strconv"
 	"time"
 
@@ -19,7 +20,7 @@ const (
 )
 
 // start deals with the payload of the handshake: a login, or a client that wants to be paired.
-func (c *client) start() error {
+func (c *client) start(ctx context.Context) error {
 	var payload waWa6.ClientPayload
 	if err := proto.Unmarshal(c.link.Payload(), &payload); err != nil {
 		c.fail(failureBadRequest)
@@ -28,6 +29,8 @@ func (c *client) start() error {
 	c.identify(&payload)
 	who := c.who.Load()
 	if _, _, closed := c.srv.faults.strike(FaultClose, who, atStage(StageLogin)); closed {
+		// whatsmeow never hears of a close that comes before its own end of the handshake; no network is that fast.
+		c.grace(ctx)
 		return errFaultClose
 	}
 	if c.frozen() != nil {
