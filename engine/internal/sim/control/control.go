@@ -54,6 +54,9 @@ type API struct {
 	log    *slog.Logger
 	mux    *http.ServeMux
 
+	// patterns are all requests there are.
+	patterns []string
+
 	mu     sync.RWMutex
 	phones map[string]*phone.Phone
 	order  []string
@@ -102,6 +105,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 type empty struct{}
 
 func (a *API) handle(pattern string, fn func(*http.Request) (any, error)) {
+	a.patterns = append(a.patterns, pattern)
 	a.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		answer, err := fn(r)
 		a.write(w, answer, err)
