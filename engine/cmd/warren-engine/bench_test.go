@@ -69,3 +69,45 @@ func BenchmarkOpenSessions(b *testing.B) {
 	b.ReportMetric(before/1024/1024, "MiB/engine")
 	d.must("stop", "", 0, nil)
 }
+
+// BenchmarkFleet opens 200 paired sessions at once, as after a restart, until the last is connected; then it has each receive a message.
+func BenchmarkFleet(b *testing.B) {
+	const sessions = 200
+	sim := startSimulator(b)
+	sim.phone(b, other)
+	pairing := startEngine(b, sim)
+	number := func(n int) string { return fmt.Sprintf("1557%05d", n) }
+	dirs := make([]string, sessions)
+	for n := range sessions {
+		sim.phone(b, number(n))
+		dirs[n] = pairing.pair(sim, number(n), number(n))
+	}
+	pairing.must("stop", "", 0, nil)
+	for range b.N {
+		d := startEngine(b, sim)
+		rss := func() float64 { return d.must("ping", "", 0, nil)["rss_bytes"].(float64) / (1 << 20) }
+		empty, start := rss(), time.Now()
+		for n := range sessions {
+			d.start("open", number(n), 3, map[string]any{"dir": dirs[n]})
+		}
+		for n := range sessions {
+			d.event(number(n), 3, "connected")
+		}
+		b.ReportMetric(float64(time.Since(start).Milliseconds()), "ms/all-connected")
+		b.ReportMetric(rss(), "MiB/connected")
+		b.ReportMetric((rss()-empty)*1024/sessions, "KiB/session")
+		start = time.Now()
+		for n := range sessions {
+			sim.sendTo(b, other, number(n), "hello", 1)
+		}
+		for n := range sessions {
+			d.event(number(n), 3, "message")
+		}
+		b.ReportMetric(float64(time.Since(start).Milliseconds()), "ms/all-received")
+		b.ReportMetric(rss(), "MiB/received")
+		start = time.Now()
+		d.must("stop", "", 0, nil)
+		b.ReportMetric(float64(time.Since(start).Milliseconds()), "ms/stop")
+		_ = d.exit()
+	}
+}
