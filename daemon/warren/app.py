@@ -89,14 +89,15 @@ class Daemon:
         p.store = await SqliteStore.open(s.state_dir / "warren.db")
         # 3. RabbitMQ: the configured one, or our own node (adopted, when an earlier daemon was killed).
         url = await self._broker_url()
-        # 4. The bus connects in the background: sessions come up even while RabbitMQ is away.
+        # 4. The bus connects in the background. A session connects once its lock is ours, and then goes on without RabbitMQ.
         p.bus = AmqpBus(
             self._amqp_options(url, topology),
             on_unclaimed=lambda m: p.gateway.on_unclaimed(m) if p.gateway else None,
             on_query=lambda m: p.gateway.on_query(m) if p.gateway else None,
             on_lock_lost=_lock_lost,
         )
-        # 5. Engines: the first one now, so that a wrong binary is noticed at the start.
+        # 5. Engines: the first one now, so that a missing or wrong binary is noticed at the start.
+        find_engine_binary(s.engine.path)
         p.engines = Engines(self._start_engine, self._engine_options(), random01=random.random)
         await p.engines.start()
         # 6. Delivery publishes what an earlier run left, before anything new can happen.
@@ -164,13 +165,16 @@ class Daemon:
             self._clean = False
             waiting.cancel()
             logger.bind(action="shutdown_cut", step=name).warning("Stopping: `{}` was not done within {:g} s.", name, budget_s)
-        await asyncio.gather(waiting, return_exceptions=True)
+        (result,) = await asyncio.gather(waiting, return_exceptions=True)
+        if isinstance(result, Exception):
+            self._clean = False
+            logger.bind(action="shutdown_bug", step=name).opt(exception=result).error("Stopping: `{}` failed.", name)
 
     async def _drained(self) -> None:
         delivery, outcomes = self._parts.delivery, self._parts.outcomes
         assert delivery is not None
         assert outcomes is not None
-        await delivery.drain(self.settings.shutdown.drain_s)
+        await delivery.drain()
         await outcomes.wait()
 
     async def _broker_url(self) -> str:
@@ -193,7 +197,7 @@ class Daemon:
                 try:
                     await node.start()
                     break
-                except WarrenError as e:
+                except (WarrenError, OSError) as e:
                     logger.bind(action="broker_failed").error("The private RabbitMQ does not start: {}", e)
                     await asyncio.sleep(BROKER_RESTART_S)
 
@@ -215,7 +219,12 @@ class Daemon:
         return await start_engine(find_engine_binary(s.engine.path), args)
 
     def _disk_ok(self) -> bool:
-        return shutil.disk_usage(self.settings.state_dir).free > self.settings.delivery.min_free_disk_mb * 1_000_000
+        try:
+            free = shutil.disk_usage(self.settings.state_dir).free
+        except OSError as e:
+            logger.bind(action="disk_unknown").error("The free space of the state directory cannot be read: {}", e)
+            return False
+        return free > self.settings.delivery.min_free_disk_mb * 1_000_000
 
     def _amqp_options(self, url: str, topology: Topology) -> BusOptions:
         a = self.settings.amqp

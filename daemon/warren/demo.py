@@ -27,6 +27,7 @@ SESSION = "demo"
 ANA, BOB = "15550000001", "15550000002"
 STEP_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
+MARKER = ".warren-demo"
 
 
 class DemoFailed(WarrenError):
@@ -47,11 +48,17 @@ class Warrend:
                 sys.executable,
                 "-m",
                 "warren.app",
-                env={**os.environ, **self._environment},
+                f"--config={os.devnull}",
+                # Neither settings nor configuration of whoever runs this: it must not reach a RabbitMQ that matters.
+                env={k: v for k, v in os.environ.items() if not k.startswith("WARREN_")} | self._environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     @property
     def pid(self) -> int:
@@ -243,6 +250,8 @@ class Demo:
         path = self._warrend.state / "rabbitmq" / "url"
         async with self._deadline("the private RabbitMQ"):
             while not path.exists() or not path.read_text().strip():
+                if not self._warrend.running:
+                    raise DemoFailed("warrend ended while it was starting.", hint=f"See {self._warrend.log}.")
                 await asyncio.sleep(0.05)
         url = path.read_text().strip()
         async with self._deadline("an answer of warrend"):
@@ -283,8 +292,10 @@ async def _demo(base: Path) -> None:
 
 
 async def _fresh(base: Path) -> None:
-    """An empty directory; a RabbitMQ that an earlier, killed demo left is stopped first."""
-    node = base / "state" / "rabbitmq"
+    """An empty directory; a RabbitMQ that an earlier, killed demo left is stopped first. Nobody else's files are touched."""
+    marker, node = base / MARKER, base / "state" / "rabbitmq"
+    if base.exists() and any(base.iterdir()) and not marker.exists():
+        raise DemoFailed(f"{base} is not empty and not from an earlier demo.", hint="Name another directory with --dir.")
     if (node / "node.json").exists():
         left = BrokerNode(node)
         await left.start()
@@ -292,6 +303,7 @@ async def _fresh(base: Path) -> None:
     if base.exists():
         shutil.rmtree(base)
     (base / "state").mkdir(parents=True, mode=0o700)
+    marker.touch()
 
 
 def run(base: Path | None = None) -> int:

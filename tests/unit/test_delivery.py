@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -21,7 +22,9 @@ NOW = datetime(2026, 11, 20, 12, 0, 0, 120_000, tzinfo=UTC)
 
 
 @contextlib.asynccontextmanager
-async def running(bus: MemoryBus, store: MemoryStore, *, disk: Any = lambda: True, **options: Any) -> AsyncIterator[Delivery]:
+async def running(
+    bus: MemoryBus, store: MemoryStore, *, disk: Any = lambda: True, awaited: bool = True, **options: Any
+) -> AsyncIterator[Delivery]:
     quick = {"retry_base_s": 0.001, "retry_cap_s": 0.002, **options}
     delivery = Delivery(
         bus,  # type: ignore[arg-type]
@@ -33,6 +36,8 @@ async def running(bus: MemoryBus, store: MemoryStore, *, disk: Any = lambda: Tru
         disk_ok=disk,
     )
     await delivery.start()
+    if awaited:
+        delivery.submit = functools.partial(delivery.submit, awaited=True)  # type: ignore[method-assign]
     try:
         yield delivery
     finally:
@@ -58,7 +63,7 @@ async def test_events_leave_in_order_and_rows_go(bus: MemoryBus, store: MemorySt
         begin(delivery, sequence=7)
         tickets = [delivery.submit("a", "message", {"n": n}, event_id=f"a/{n}") for n in range(300)]
         await asyncio.gather(*(t.confirmed for t in tickets))
-        assert await delivery.drain(1)
+        await asyncio.wait_for(delivery.drain(), 1)
     assert [i for i, _ in bus.published] == [f"a/{n}" for n in range(300)]
     assert bus.most_in_flight == 1
     assert store.rows == {}
@@ -101,7 +106,7 @@ async def test_a_restart_publishes_what_was_left_unchanged_and_then_goes_on(bus:
         begin(delivery, sequence=total)
         ticket = delivery.submit("a", "message", {"n": total}, event_id=f"a/{total}")
         await ticket.confirmed
-        assert await delivery.drain(1)
+        await asyncio.wait_for(delivery.drain(), 1)
     assert [i for i, _ in again.published] == [f"a/{n}" for n in range(total + 1)]
     assert len(bodies) == total
     assert store.rows == {}
@@ -218,3 +223,42 @@ async def test_a_new_epoch_counts_from_one_behind_the_old(bus: MemoryBus, store:
         bus.connected.set()
         await new.confirmed
         assert old.confirmed.done()
+
+
+async def test_what_nobody_awaits_costs_no_memory_in_a_long_outage(bus: MemoryBus, store: MemoryStore) -> None:
+    bus.connected.clear()
+    async with running(bus, store, awaited=False, answer_after_s=0.0) as delivery:
+        begin(delivery)
+        total = module.LANE_CACHE * 5
+        tickets = [delivery.submit("a", "message", {"n": n}, event_id=f"a/{n}") for n in range(total)]
+        await asyncio.gather(*(t.safe for t in tickets))
+        lane = delivery._lanes["a"]
+        assert max(len(lane.tickets), len(lane.ids), len(lane.cache)) <= module.LANE_CACHE
+        assert delivery.backlog("a") == total
+        bus.connected.set()
+        await asyncio.wait_for(delivery.drain(), 5)
+    assert [i for i, _ in bus.published] == [f"a/{n}" for n in range(total)]
+
+
+async def test_data_that_is_no_json_is_its_sender_s_trouble_alone(bus: MemoryBus, store: MemoryStore) -> None:
+    async with running(bus, store) as delivery:
+        begin(delivery)
+        with pytest.raises(TypeError):
+            delivery.submit("a", "message", {"x": object()})
+        await asyncio.wait_for(delivery.submit("a", "message", {}).confirmed, 1)
+
+
+async def test_a_bug_of_the_store_or_the_bus_silences_nobody(bus: MemoryBus, store: MemoryStore) -> None:
+    broken = iter([RuntimeError("bug"), RuntimeError("bug")])
+
+    def sometimes(_: str) -> Published:
+        if (error := next(broken, None)) is not None:
+            raise error
+        return Published.CONFIRMED
+
+    bus.answers = sometimes
+    async with running(bus, store) as delivery:
+        begin(delivery)
+        tickets = [delivery.submit("a", "message", {"n": n}, event_id=f"a/{n}") for n in range(3)]
+        await asyncio.wait_for(asyncio.gather(*(t.confirmed for t in tickets)), 5)
+    assert [i for i, _ in bus.published][-3:] == ["a/0", "a/1", "a/2"]

@@ -345,7 +345,7 @@ def cloud_event(
     session: str,
     instance: str,
     time: datetime,
-    data: dict[str, Any],
+    data: dict[str, Any] | orjson.Fragment,
     epoch: int | None = None,
     sequence: int | None = None,
     causation_id: str | None = None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import orjson
 from loguru import logger
 
 from warren.core import envelope
@@ -79,12 +80,13 @@ class _Entry:
     session: str
     epoch: int
     event: str
-    data: dict[str, Any]
+    data: orjson.Fragment
     time: datetime
     event_id: str | None
     causation_id: str | None
     journal: JournalRow | None
     also: tuple[Write, ...]
+    awaited: bool
     ticket: Ticket
 
 
@@ -98,9 +100,14 @@ class _Lane:
     session: str
     epoch: int = 0
     cache: deque[OutboxRow] = field(default_factory=deque)
+    rows: int = 0
+    """Rows that are not confirmed, of this run."""
     tickets: dict[tuple[int, int], Ticket] = field(default_factory=dict)
+    """Of the rows in the cache, and of those whose confirm somebody awaits."""
     ids: dict[str, Ticket] = field(default_factory=dict)
-    """Event ids with a row, so that what WhatsApp repeats meanwhile does not get a second one."""
+    """Event ids of the same, so that what WhatsApp repeats meanwhile does not get a second row."""
+    confirmed: tuple[int, int] = (0, 0)
+    """(epoch, sequence) of the last row confirmed."""
     position: tuple[int, int] = (0, 0)
     """(epoch, sequence) of the last row taken for publishing."""
     last: tuple[int, int] = (0, 0)
@@ -108,12 +115,16 @@ class _Lane:
     spilled: bool = False
     task: asyncio.Task[None] | None = None
 
-    def append(self, row: OutboxRow) -> None:
+    def append(self, row: OutboxRow, entry: _Entry) -> None:
+        self.rows += 1
         self.last = (row.epoch, row.sequence)
-        if self.spilled or len(self.cache) >= LANE_CACHE:
-            self.spilled = True
-        else:
+        self.spilled = self.spilled or len(self.cache) >= LANE_CACHE
+        if not self.spilled:
             self.cache.append(row)
+        if not self.spilled or entry.awaited:
+            self.tickets[row.epoch, row.sequence] = entry.ticket
+        elif self.ids.get(row.event_id) is entry.ticket:
+            del self.ids[row.event_id]
 
     @property
     def idle(self) -> bool:
@@ -141,6 +152,7 @@ class Delivery:
         self._waiting: deque[_Entry] = deque()
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(options.publishes_at_once)
+        self._committing = 0
         self._confirmed: list[tuple[str, int, int]] = []
         self._bytes = 0
         self._ephemeral: set[asyncio.Task[None]] = set()
@@ -160,16 +172,11 @@ class Delivery:
             self._run(lane)
         self._committer = asyncio.create_task(self._commit_loop(), name="delivery.committer")
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Wait until nothing waits and every row is confirmed; False when `timeout_s` was not enough (the rows stay on disk)."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not self.empty:
-                    self._settled.clear()
-                    await self._settled.wait()
-        except TimeoutError:
-            return False
-        return True
+    async def drain(self) -> None:
+        """Wait until nothing waits and every row is confirmed; the caller bounds it. What is left stays on disk."""
+        while not self.empty:
+            self._settled.clear()
+            await self._settled.wait()
 
     async def stop(self) -> None:
         """Stop publishing. Rows without a confirm stay on disk for the next start."""
@@ -182,12 +189,16 @@ class Delivery:
 
     @property
     def empty(self) -> bool:
-        return not self._waiting and all(lane.idle for lane in self._lanes.values())
+        return not self._waiting and not self._committing and all(lane.idle for lane in self._lanes.values())
 
     def backlog(self, session: str) -> int:
-        """Rows of a session that are not confirmed, as far as they are known without reading the disk."""
+        """Rows of a session that are not confirmed, those from before the last start not counted."""
         lane = self._lanes.get(session)
-        return 0 if lane is None else len(lane.tickets)
+        return 0 if lane is None else max(0, lane.rows)
+
+    def serves(self, session: str) -> bool:
+        """Whether the session's events are numbered here."""
+        return session in self._lanes and self._lanes[session].epoch > 0
 
     # --- in
 
@@ -207,19 +218,23 @@ class Delivery:
         causation_id: str | None = None,
         journal: JournalRow | None = None,
         also: tuple[Write, ...] = (),
+        awaited: bool = False,
     ) -> Ticket:
         """Queue an event with a sequence number. Events of a session leave in the order of the calls.
 
         `journal` and `also` are written in the same transaction as the event's row. `event_id` None: one of its own, from the
-        sequence number. Never blocks: callers bound what they have in flight by waiting for the ticket.
+        sequence number. `awaited`: somebody needs `confirmed`; of other tickets only `stored` and `safe` are sure to be set.
+        Never blocks: callers bound what they have in flight by waiting for the ticket. Raises TypeError for data that is no JSON.
         """
-        lane = self._lane(session)
+        lane, encoded = self._lane(session), orjson.Fragment(orjson.dumps(data))
         if event_id is not None and (repeated := lane.ids.get(event_id)) is not None and journal is None and not also:
             return repeated
         ticket = Ticket()
         if event_id is not None:
             lane.ids[event_id] = ticket
-        self._waiting.append(_Entry(session, lane.epoch, event, data, self._now(), event_id, causation_id, journal, also, ticket))
+        self._waiting.append(
+            _Entry(session, lane.epoch, event, encoded, self._now(), event_id, causation_id, journal, also, awaited, ticket)
+        )
         self._wake.set()
         return ticket
 
@@ -263,7 +278,10 @@ class Delivery:
             while self._waiting:
                 await self._room()
                 batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+                self._committing = len(batch)
                 await self._commit(batch)
+                self._committing = 0
+            self._settled.set()
 
     async def _room(self) -> None:
         """Wait while the outbox is full. Nothing is answered meanwhile, so WhatsApp and RabbitMQ keep what they have."""
@@ -293,10 +311,12 @@ class Delivery:
             try:
                 await self._store.write(*writes)
                 break
-            except StateError as e:
+            except Exception as e:  # whatever it is: this loop must not end, and the batch is not given up
                 if not self.trouble:
-                    logger.bind(action="store_failed").error("Events cannot be stored: {}", e)
-                    self.trouble = e.message
+                    logger.bind(action="store_failed").opt(exception=not isinstance(e, StateError)).error(
+                        "Events cannot be stored: {}", e
+                    )
+                    self.trouble = str(e)
                 await asyncio.sleep(delay(attempt, base_s=0.5, cap_s=10.0, random01=self._random01()))
                 attempt += 1
         self._recovered()
@@ -338,8 +358,7 @@ class Delivery:
     def _stored(self, entry: _Entry, row: OutboxRow) -> None:
         self._bytes += len(row.body)
         lane = self._lane(row.session)
-        lane.tickets[row.epoch, row.sequence] = entry.ticket
-        lane.append(row)
+        lane.append(row, entry)
         entry.ticket.mark_stored(self._options.answer_after_s)
         self._run(lane)
 
@@ -354,6 +373,13 @@ class Delivery:
             while (row := await self._next(lane)) is not None:
                 await self._until_confirmed(row)
                 self._row_confirmed(lane, row)
+        except Exception:
+            # Begin again at the last confirmed row, which is still on disk: a bug must not silence a session.
+            logger.bind(action="delivery_bug", session=lane.session).exception("Publishing met a bug.")
+            lane.cache.clear()
+            lane.spilled = True
+            lane.position = lane.confirmed
+            asyncio.get_running_loop().call_later(self._options.retry_cap_s, self._run, lane)
         finally:
             lane.task = None
             self._settled.set()
@@ -412,6 +438,8 @@ class Delivery:
 
     def _row_confirmed(self, lane: _Lane, row: OutboxRow) -> None:
         self._bytes -= len(row.body)
+        lane.rows -= 1
+        lane.confirmed = (row.epoch, row.sequence)
         self._confirmed.append((row.session, row.epoch, row.sequence))
         if len(self._confirmed) == 1:
             # One delete for many rows: the next commit takes them along, or this does.

@@ -121,8 +121,9 @@ class _Host:
             started = loop.time()
             try:
                 await self._live()
-            except (WarrenError, OSError) as e:
-                logger.bind(action="engine_failed", engine=self.number).error("The engine failed: {}", e)
+            except Exception as e:  # whatever it is: an engine that nobody supervises takes its sessions with it
+                bug = not isinstance(e, WarrenError | OSError)
+                logger.bind(action="engine_failed", engine=self.number).opt(exception=bug).error("The engine failed: {}", e)
             if self._stopping:
                 return
             attempt = 0 if loop.time() - started > self._options.stable_s else attempt + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,7 @@ from warren.errors import BrokerUnavailable, CommandError, OwnershipError, State
 from warren.ports import Bus, Claim, Desired, OnMessage, PutSession, SessionRecord, Store
 from warren.services.session import Deps, Session
 
-REMOVAL_WAIT_S = 10.0
-"""How long a `create` waits for the removal of an earlier session of the same name."""
+CLAIM_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,12 @@ class Fleet:
     def removing(self, session: str) -> bool:
         return session in self._removals
 
+    async def removed(self, session: str, timeout_s: float) -> bool:
+        """Wait for the removal under way, if any; False when it was not done in time."""
+        if (removal := self._removals.get(session)) is not None:
+            await asyncio.wait({removal}, timeout=timeout_s)
+        return not self.removing(session)
+
     def statuses(self) -> list[dict[str, Any]]:
         """Every session's status, by id."""
         return [self._sessions[s].status() for s in sorted(self._sessions)]
@@ -74,8 +80,6 @@ class Fleet:
 
         Raises CommandError `session_limit`, `owned_elsewhere` or `internal`; nothing is left behind then.
         """
-        if (removal := self._removals.get(session)) is not None:
-            await asyncio.wait({removal}, timeout=REMOVAL_WAIT_S)
         if len(self._sessions) >= self._options.max_sessions:
             raise CommandError(
                 "session_limit",
@@ -89,13 +93,20 @@ class Fleet:
             record = SessionRecord(session, epoch=before.epoch + 1 if before else 1, desired=Desired.STOPPED)
             await self._store.write(PutSession(record))
         except StateError as e:
-            await claim.release()
+            # The queues did not exist before, and without a session nobody would answer what lands in them.
+            with contextlib.suppress(BrokerUnavailable):
+                await claim.release(remove=True)
             raise CommandError("internal", e.message, hint=e.hint, final=False) from e
         return self._add(record, claim)
 
     async def _claim(self, session: str) -> Claim:
         try:
-            return await self._bus.claim(session, on_control=self._on_control, on_work=self._on_work)
+            async with asyncio.timeout(CLAIM_TIMEOUT_S):
+                return await self._bus.claim(session, on_control=self._on_control, on_work=self._on_work)
+        except TimeoutError as e:
+            raise CommandError(
+                "internal", "RabbitMQ did not let us claim the session in time.", hint="Publish the command again.", final=False
+            ) from e
         except OwnershipError as e:
             raise CommandError(
                 "owned_elsewhere", "Another daemon serves this session.", hint="Publish the command again.", final=False

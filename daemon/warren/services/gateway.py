@@ -17,7 +17,12 @@ from warren.services.outcomes import Outcomes, Task
 from warren.services.sending import expired_error
 from warren.services.session import Session
 
-_AGAIN = "Publish `create` again."
+REMOVAL_WAIT_S = 10.0
+"""How long a `create` waits for the removal of an earlier session of the same name."""
+
+
+def _being_removed() -> CommandError:
+    return CommandError("session_not_found", "The session is being removed.", hint="Publish `create` again.", final=False)
 
 
 class Gateway:
@@ -31,6 +36,7 @@ class Gateway:
         self._kinds = {topology.control: "control", topology.commands: "commands", topology.queries: "queries"}
         self._unserved: asyncio.Queue[Task] = asyncio.Queue()
         self._open = True
+        self._parked: set[asyncio.Task[None]] = set()
         self._worker = asyncio.create_task(self._serve_unserved(), name="gateway.unserved")
 
     def close(self) -> None:
@@ -38,8 +44,10 @@ class Gateway:
         self._open = False
 
     async def stop(self) -> None:
-        self._worker.cancel()
-        await asyncio.gather(self._worker, return_exceptions=True)
+        tasks = [self._worker, *self._parked]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- from the bus
 
@@ -52,7 +60,7 @@ class Gateway:
             self._hand_over(session, task)
         elif task.command.name == "create" and self._fleet.removing(task.command.session):
             # Drained from a queue that is about to be deleted: the removal waits for this very command to be settled.
-            self._refuse(task, CommandError("session_not_found", "The session is being removed.", hint=_AGAIN, final=False))
+            self._refuse(task, _being_removed())
         else:
             self._unserved.put_nowait(task)
 
@@ -136,21 +144,37 @@ class Gateway:
     async def _serve(self, task: Task) -> None:
         command = task.command
         session = self._fleet.get(command.session)
+        if session is None and await self._outcomes.replayed(task):
+            return
         if session is None and command.name == "create":
             if command.expired(self._now()):
                 raise expired_error()
+            if self._fleet.removing(command.session):
+                self._park(task)
+                return
             session = await self._fleet.create(command.session)
-        if session is not None and command.name != "send":
-            self._hand_over(session, task)
-        elif session is not None:
+        if session is None:
+            raise CommandError("session_not_found", "Nobody serves this session.", hint="Publish `create` first.", final=False)
+        if command.name == "send":
             raise CommandError(
                 "not_connected",
                 "The session has only just been created.",
                 hint="Wait for its first `connected` event before sending; later, sends may be published at any time.",
                 final=False,
             )
-        elif not await self._outcomes.replayed(task):
-            raise CommandError("session_not_found", "Nobody serves this session.", hint="Publish `create` first.", final=False)
+        self._hand_over(session, task)
+
+    def _park(self, task: Task) -> None:
+        """Wait beside the worker for a removal: the removal itself waits for commands that the worker has to answer."""
+        parked = asyncio.create_task(self._after_removal(task), name=f"gateway.parked.{task.command.session}")
+        self._parked.add(parked)
+        parked.add_done_callback(self._parked.discard)
+
+    async def _after_removal(self, task: Task) -> None:
+        if await self._fleet.removed(task.command.session, REMOVAL_WAIT_S):
+            self._unserved.put_nowait(task)
+        else:
+            self._refuse(task, _being_removed())
 
     def _refuse(self, task: Task, error: CommandError) -> None:
         command = task.command

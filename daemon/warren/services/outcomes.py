@@ -48,11 +48,10 @@ class Outcomes:
                 hint="Give every new command an id of its own; repeat an id only with the same command and arguments.",
             )
         outcome = Outcome.parse(row.outcome)
-        if task.incoming.redelivered:
-            # It was committed together with its outbox row, so its event has left or will: only the ack was lost.
-            self._spawn(command.session, self._settle(task.incoming, outcome, None))
-        else:
+        if self._delivery.serves(command.session):
             self.finish(task, outcome, journal=False)
+        else:
+            self._spawn(command.session, self._refuse(task.incoming, outcome, command.session, command.fingerprint))
         return True
 
     def finish(self, task: Task, outcome: Outcome, *, journal: bool = True, also: tuple[Write, ...] = ()) -> Ticket:
@@ -67,6 +66,7 @@ class Outcomes:
             causation_id=command.id,
             journal=self._journal_row(command, outcome) if journal else None,
             also=also,
+            awaited=True,
         )
         self._spawn(command.session, self._settle(task.incoming, outcome, ticket))
         return ticket
@@ -82,7 +82,7 @@ class Outcomes:
     ) -> None:
         """End a command that concerns no session of ours: its outcome has no sequence and no journal."""
         outcome = Outcome.failed(command, command_id, error)
-        self._spawn(session, self._refuse(incoming, outcome, session))
+        self._spawn(session, self._refuse(incoming, outcome, session, fingerprint("", incoming.body)))
 
     def bury(self, incoming: Incoming, error: CommandError, *, session: str, command_id: str | None) -> None:
         """End what cannot be decoded: a copy goes to the dead exchange, with the reason; the outcome event tells of it."""
@@ -127,9 +127,10 @@ class Outcomes:
             await asyncio.shield(ticket.confirmed)
         await incoming.ack()
 
-    async def _refuse(self, incoming: Incoming, outcome: Outcome, session: str) -> None:
+    async def _refuse(self, incoming: Incoming, outcome: Outcome, session: str, told_by: str) -> None:
+        """`told_by` tells this outcome's event from others with the same command id."""
         await self._reply(incoming, outcome)
-        await self._end(incoming, session, outcome)
+        await self._end(incoming, session, outcome, told_by)
 
     async def _bury(self, incoming: Incoming, error: CommandError, session: str, command_id: str | None) -> None:
         outcome = Outcome.failed("", command_id, error)
@@ -145,16 +146,16 @@ class Outcomes:
             headers=headers,
         )
         if dead is Published.CONFIRMED:
-            await self._end(incoming, session, outcome)
+            await self._end(incoming, session, outcome, fingerprint("", incoming.body))
         else:
             await incoming.requeue()
 
-    async def _end(self, incoming: Incoming, session: str, outcome: Outcome) -> None:
+    async def _end(self, incoming: Incoming, session: str, outcome: Outcome, told_by: str) -> None:
         told = await self._delivery.direct(
             session,
             outcome.event,
             outcome.body(),
-            event_id=outcome_event_id(session, outcome, fingerprint("", incoming.body)),
+            event_id=outcome_event_id(session, outcome, told_by),
             causation_id=outcome.command_id,
         )
         await (incoming.ack() if told else incoming.requeue())

@@ -88,7 +88,7 @@ class SendLane:
         """Try until it is sent, has failed (raises CommandError) or the lane ends (None). Later sends wait: order is kept."""
         while True:
             if task.command.expired(self._now()):
-                raise expired_error()
+                raise self._too_late(task)
             if (result := await self._through_engine(task)) is not None:
                 return result
             with contextlib.suppress(TimeoutError):
@@ -129,6 +129,12 @@ class SendLane:
         raise CommandError(
             failure.code, failure.message, hint=failure.hint, final=failure.final, retry_after=failure.retry_after
         ) from error
+
+    def _too_late(self, task: Task) -> CommandError:
+        """Expired; but a message that may be out already must not be called unsent."""
+        command_id = task.command.id or ""
+        tries = self._tries.get(command_id, 0)
+        return self._gave_up(command_id, tries) if tries else expired_error()
 
     def _gave_up(self, command_id: str, tries: int) -> CommandError:
         self._tries.pop(command_id)

@@ -1,8 +1,8 @@
 """One session: an actor that runs the state machine, and a lane that sends while it is ONLINE.
 
-The actor's mailbox takes commands, what the engine says about the connection, and its own timers; it never waits for the engine
-(opening and closing run beside it and report back), so a logout is never stuck behind a slow connection. Messages from WhatsApp
-do not pass through the mailbox: they go to delivery in the order in which the engine gives them.
+The actor's mailbox takes commands, what the engine says about the connection, and its own timers. Opening and closing run
+beside it and report back, so a logout is never stuck behind a slow connection; only `logout` itself waits for WhatsApp.
+Messages from WhatsApp do not pass through the mailbox: they go to delivery in the order in which the engine gives them.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class Session:
         try:
             self._mailbox.put_nowait(item)
         except asyncio.QueueFull:
-            # Commands not taken stay unsettled and come back; a lost engine event is repaired by the settle timeout.
+            # Commands not taken stay unsettled and come back with the next connection to RabbitMQ.
             self._log.bind(action="mailbox_full").error("The session is stuck; dropped {}.", type(item).__name__)
 
     async def _handle(self, item: _Item) -> None:
@@ -344,6 +344,9 @@ class Session:
         self._deps.delivery.submit(self.id, "logout", self._told(State.STOPPED, before.value))
         ticket = self._deps.outcomes.finish(task, Outcome("logout", task.command.id), also=(PutSession(self._record),))
         await asyncio.shield(ticket.stored)
+        waiting, self._stopping = self._stopping, []
+        for earlier in waiting:
+            self._disconnected(earlier)
         self._removed = True
         self._deps.on_removed(self)
 
@@ -464,8 +467,9 @@ class Session:
             await self._apply(Trigger.START, None, {})
 
     async def _remember(self) -> None:
-        """Keep over a restart that the session needs somebody. A ban or damaged state is found again by trying."""
-        halted = self.state.value if self.state in {State.LOGGED_OUT, State.REPLACED} else ""
+        """Keep over a restart that the session waits for somebody. A ban or damaged state is found again by trying."""
+        for_good = self.state is State.LOGGED_OUT or (self.state is State.REPLACED and self._timer is None)
+        halted = self.state.value if for_good else ""
         if halted != self._record.halted:
             await self._save(
                 replace(self._record, halted=halted, paired=self._record.paired and halted != State.LOGGED_OUT.value)
@@ -481,8 +485,9 @@ class Session:
         pause = delay(
             self._attempt - 1, base_s=options.reconnect_base_s, cap_s=options.reconnect_cap_s, random01=self._deps.random01()
         )
-        if self._cause is not None and self._cause.code == "engine_lost" and before is State.ONLINE:
-            pause = min(pause, 1.0)  # WhatsApp did nothing wrong, and the engine has its own backoff
+        if self._cause is not None and self._cause.code == "engine_lost" and before is State.ONLINE and self._attempt == 1:
+            # WhatsApp did nothing wrong. Only the first time: what kills its engine again may be this very session.
+            pause = min(pause, 1.0)
         self._set_timer(pause)
         if self._attempt == options.alarm_after:
             self._deps.delivery.submit(self.id, "reconnect_failed", self._told(State.BACKING_OFF, before.value))
@@ -506,6 +511,8 @@ class Session:
             case State.ONLINE:
                 # Only a connection that held for a while proves that the trouble is over.
                 self._attempt, self._replaced_before = 0, False
+            case State.REPLACED if not self._claim.held:
+                self._set_timer(REPLACED_RETRY_S)  # whoever holds the lock may be the one that replaced us
             case State.BACKING_OFF | State.REPLACED | State.BLOCKED:
                 await self._apply(Trigger.RETRY, None, {})
 
@@ -514,10 +521,10 @@ class Session:
     def _open_beside(self) -> None:
         # What runs there still is a close, or an open that has just heard its end: it is awaited, not cut.
         self._generation += 1
-        self._heard = asyncio.Event()
-        self._beside = asyncio.create_task(self._open(self._generation, self._beside), name=f"open.{self.id}")
+        heard = self._heard = asyncio.Event()
+        self._beside = asyncio.create_task(self._open(self._generation, self._beside, heard), name=f"open.{self.id}")
 
-    async def _open(self, generation: int, before: asyncio.Task[None] | None) -> None:
+    async def _open(self, generation: int, before: asyncio.Task[None] | None, heard: asyncio.Event) -> None:
         """Open the engine's side and see that something comes of it; whatever goes wrong is reported to the mailbox."""
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
@@ -529,7 +536,7 @@ class Session:
                     self._lost(generation, "logged_out")
                     return
                 async with asyncio.timeout(SETTLE_TIMEOUT_S):
-                    await self._heard.wait()
+                    await heard.wait()
         except EngineError as e:
             self._log.bind(action="open_failed", reason=e.engine_code).warning("The engine could not open the session: {}", e)
             await self._request_close(generation)
