@@ -13,6 +13,8 @@ const [ANA, BOB, EVE] = ['15550001', '15550002', '15550003']
 const STEP_MS = 30_000
 const RESTART_REQUIRED = 515
 const LOGGED_OUT = 401
+const REPLACED = 440
+const STATUS = { error: 0, delivered: 3, read: 4 }
 
 WA_CERT_DETAILS.PUBLIC_KEY = Buffer.from(rootKey, 'hex')
 
@@ -119,6 +121,13 @@ class Client {
     return message.key.id
   }
 
+  /** Waits until a message has a status. An update that comes while the message is being announced is folded into it. */
+  status(id, wanted) {
+    return until(`${this.name}: message ${id} has status ${wanted}`, () =>
+      this.updates.some(u => u.key.id === id && u.update.status === wanted) ||
+      this.messages.some(m => m.key.id === id && m.status === wanted))
+  }
+
   text(id) {
     return until(`${this.name}: message ${id}`, () => {
       const message = this.messages.find(m => m.key.id === id && textOf(m))
@@ -174,12 +183,9 @@ async function direct(a, b) {
   const id = await a.say(jid(EVE), 'to the phone')
   assert.equal((await shownAt(EVE, id, 'to the phone')).from, ANA)
   await shownAt(ANA, id, 'to the phone') // the own phone's copy
-  // An update that comes while the message itself is being announced is folded into it.
-  const status = wanted => () =>
-    a.updates.find(u => u.key.id === id && u.update.status === wanted) || a.messages.find(m => m.key.id === id && m.status === wanted)
-  await until('delivery receipt at Baileys', status(3))
+  await a.status(id, STATUS.delivered)
   await request('POST', `/phones/${EVE}/read`, { from: ANA, message_ids: [id] })
-  await until('read receipt at Baileys', status(4))
+  await a.status(id, STATUS.read)
   step('direct message to a phone, with delivery and read receipt')
   const there = await a.say(jid(BOB), 'to the other client')
   assert.equal((await b.text(there)).text, 'to the other client')
@@ -232,6 +238,19 @@ async function offline(a) {
   step('150 messages that waited, after a new login')
 }
 
+async function faults(a) {
+  await request('POST', '/faults', { kind: 'send_error', phone: ANA, code: 463 })
+  await a.status(await a.say(jid(EVE), 'refused'), STATUS.error)
+  await request('POST', `/phones/${ANA}/devices/1/stream-error`, { conflict: 'replaced' })
+  await until('Baileys told that it is replaced', () => a.ended === REPLACED)
+  await request('POST', '/faults', { kind: 'login_failure', phone: ANA, code: 402, expire_s: 60 })
+  await a.open()
+  await until('Baileys told of the ban', () => a.ended === 402)
+  await a.open()
+  await a.isOnline()
+  step('a message refused with 463, a connection replaced, a login refused with 402')
+}
+
 async function ends(a, b) {
   await a.sock.logout()
   await until('the device gone', async () => {
@@ -253,6 +272,7 @@ step('paired by code')
 await direct(a, b)
 await groups(a, b)
 await offline(a)
+await faults(a)
 const { phones } = await request('GET', '/phones')
 for (const { number } of phones) {
   const { undecryptable } = await request('GET', `/phones/${number}/received`)

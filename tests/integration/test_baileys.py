@@ -34,6 +34,7 @@ STEPS = [
     "group messages from a phone",
     "group messages from Baileys, with receipts",
     "150 messages that waited, after a new login",
+    "a message refused with 463, a connection replaced, a login refused with 402",
     "logout",
     "unlinked by the phone",
 ]
