@@ -156,9 +156,11 @@ func TestProxyCarriesEverything(t *testing.T) {
 		}
 		body, _ := io.ReadAll(response.Body)
 		_ = response.Body.Close()
+		proxy.mu.Lock()
 		if string(body) != "web.whatsapp.com" || !slices.Equal(proxy.asked, []string{override}) {
 			t.Errorf("%s: %q over %v", scheme, body, proxy.asked)
 		}
+		proxy.mu.Unlock()
 		wrong, _ := where.ParseProxy(scheme + "://u:secret@" + proxy.Addr().String())
 		_, err = (&http.Client{Transport: where.transport(wrong)}).Get("https://web.whatsapp.com/ws/chat")
 		if err == nil || strings.Contains(err.Error(), "secret") {

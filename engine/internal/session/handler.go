@@ -51,6 +51,9 @@ func (s *Session) onLifecycle(evt any) {
 	if end == nil {
 		return
 	}
+	if _, lost := evt.(*events.Disconnected); lost && s.codesEndNow() {
+		end = s.pairingExpired()
+	}
 	if _, outdated := evt.(*events.ClientOutdated); outdated {
 		s.cfg.WAVersion.Refused(s.version)
 	}

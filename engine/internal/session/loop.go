@@ -37,11 +37,14 @@ type keepaliveData struct {
 // refusal is a 5xx code that whatsmeow keeps to itself.
 type refusal struct{ code int }
 
+// lastCodeMargin: WhatsApp ends the connection when it has no more QR codes, perhaps a moment before the last one has run out here.
+const lastCodeMargin = 5 * time.Second
+
 // pairing is the state of the QR or code flow.
 type pairing struct {
 	codes    []string
 	shown    int
-	expires  time.Time // of a pairing code
+	expires  time.Time // of the last code
 	announce bool      // the paired event has been sent
 }
 
@@ -153,15 +156,29 @@ func (s *Session) showQR(timer *time.Timer) {
 	}
 	code := p.codes[p.shown]
 	p.shown++
+	if p.shown == len(p.codes) {
+		s.codesEnd(time.Now().Add(ttl))
+	}
 	timer.Reset(ttl)
 	s.emit(s.ctx, "qr", qrData{Code: code, TTLMS: ttl.Milliseconds(), Remaining: len(p.codes) - p.shown})
+}
+
+func (s *Session) codesEnd(at time.Time) {
+	s.pairing.expires = at
+	s.lastCode.Store(&at)
+}
+
+// codesEndNow reports whether the last code is running out.
+func (s *Session) codesEndNow() bool {
+	at := s.lastCode.Load()
+	return at != nil && s.store.Device.ID == nil && time.Until(*at) < lastCodeMargin
 }
 
 func (s *Session) pairingExpired() *ending {
 	if s.PhoneNumber != "" {
 		return disconnected(reasonQRExpired, 0, "the pairing code was not entered in time")
 	}
-	return disconnected(reasonQRExpired, 0, "none of the %d QR codes was scanned in time", len(s.pairing.codes))
+	return disconnected(reasonQRExpired, 0, "none of the QR codes was scanned in time")
 }
 
 // overdue is the ending for a connection that WhatsApp should have ended.

@@ -40,7 +40,7 @@ func (s *Session) askForCode(qrCodes []string, timer *time.Timer) {
 	}
 	p.codes, p.shown = qrCodes, len(qrCodes)
 	lasts := s.cfg.Timing.QRFirst + time.Duration(len(qrCodes)-1)*s.cfg.Timing.QRNext
-	p.expires = time.Now().Add(lasts)
+	s.codesEnd(time.Now().Add(lasts))
 	timer.Reset(lasts)
 	s.workers.Add(1)
 	go s.guarded("pairing code", func() {

@@ -125,6 +125,7 @@ type Session struct {
 	online      atomic.Bool
 	offlineDone atomic.Bool
 	loggingOut  atomic.Bool
+	lastCode    atomic.Pointer[time.Time] // when the last QR code, or the pairing code, runs out
 
 	endMu  sync.Mutex
 	end    *ending

@@ -188,6 +188,39 @@ func TestPairingCodeWithoutAConnection(t *testing.T) {
 	}
 }
 
+// TestTheConnectionEndsWithTheCodes: WhatsApp hangs up when its codes are used up, and its clock is not ours.
+func TestTheConnectionEndsWithTheCodes(t *testing.T) {
+	for name, c := range map[string]struct {
+		number string
+		first  time.Duration
+		codes  []string
+		paired bool
+		reason string
+	}{
+		"early, of one code":  {"", time.Minute, []string{"a"}, false, reasonNetwork},
+		"not the last code":   {"", time.Second, []string{"a", "b"}, false, reasonNetwork},
+		"the last code":       {"", time.Second, []string{"a"}, false, reasonQRExpired},
+		"paired meanwhile":    {"", time.Second, []string{"a"}, true, reasonNetwork},
+		"early, pairing code": {"15550001", time.Minute, []string{"a", "b"}, false, reasonNetwork},
+		"late, pairing code":  {"15550001", time.Second, []string{"a", "b"}, false, reasonQRExpired},
+	} {
+		t.Run(name, func(t *testing.T) {
+			timing := quick()
+			timing.QRFirst = c.first
+			s, _ := newSession(t, timing)
+			s.PhoneNumber = c.number
+			s.serve(&events.QR{Codes: c.codes}, stoppedTimer(), stoppedTimer())
+			if c.paired {
+				pairDevice(t, s)
+			}
+			s.handle(&events.Disconnected{})
+			if end := s.currentEnding(); reasonOf(end) != c.reason {
+				t.Errorf("%+v", end)
+			}
+		})
+	}
+}
+
 func TestDisplayName(t *testing.T) {
 	for name, want := range map[string]string{"": "Chrome (Linux)", "Warren": "Chrome (Linux)", "Edge (Windows)": "Edge (Windows)", "Edge (x)": "Chrome (Linux)"} {
 		if got := displayName(name); got != want {
