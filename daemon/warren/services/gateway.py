@@ -34,7 +34,8 @@ class Gateway:
         self._bus, self._fleet, self._outcomes = bus, fleet, outcomes
         self._topology, self._instance, self._now = topology, instance, now
         self._kinds = {topology.control: "control", topology.commands: "commands", topology.queries: "queries"}
-        self._unserved: asyncio.Queue[Task] = asyncio.Queue()
+        self._unserved: asyncio.Queue[tuple[Task, bool]] = asyncio.Queue()
+        """Commands, and whether they come from a session's own queue, which is then being drained and deleted."""
         self._open = True
         self._parked: set[asyncio.Task[None]] = set()
         self._worker = asyncio.create_task(self._serve_unserved(), name="gateway.unserved")
@@ -58,17 +59,14 @@ class Gateway:
         session = self._fleet.get(task.command.session)
         if session is not None:
             self._hand_over(session, task)
-        elif task.command.name == "create" and self._fleet.removing(task.command.session):
-            # Drained from a queue that is about to be deleted: the removal waits for this very command to be settled.
-            self._refuse(task, _being_removed())
         else:
-            self._unserved.put_nowait(task)
+            self._unserved.put_nowait((task, True))
 
     def on_unclaimed(self, incoming: Incoming) -> None:
         """From the queue of unclaimed commands: a `send` there missed its session's queue, so the session was not up."""
         if (task := self._decoded(incoming)) is not None:
             # In one queue with `create`, so that what follows a `create` finds its session.
-            self._unserved.put_nowait(task)
+            self._unserved.put_nowait((task, False))
 
     def on_query(self, incoming: Incoming) -> None:
         """`list`: answered by every daemon for its own sessions; nothing is published."""
@@ -132,16 +130,16 @@ class Gateway:
 
     async def _serve_unserved(self) -> None:
         while True:
-            task = await self._unserved.get()
+            task, drained = await self._unserved.get()
             try:
-                await self._serve(task)
+                await self._serve(task, drained=drained)
             except CommandError as e:
                 self._refuse(task, e)
             except Exception:
                 logger.bind(action="gateway_bug", session=task.command.session).exception("Serving a command met a bug.")
                 self._refuse(task, CommandError("internal", "The command met a bug.", hint="See the log.", final=False))
 
-    async def _serve(self, task: Task) -> None:
+    async def _serve(self, task: Task, *, drained: bool) -> None:
         command = task.command
         session = self._fleet.get(command.session)
         if session is None and await self._outcomes.replayed(task):
@@ -150,6 +148,8 @@ class Gateway:
             if command.expired(self._now()):
                 raise expired_error()
             if self._fleet.removing(command.session):
+                if drained:
+                    raise _being_removed()  # the removal waits for this very command to be settled
                 self._park(task)
                 return
             session = await self._fleet.create(command.session)
@@ -172,7 +172,7 @@ class Gateway:
 
     async def _after_removal(self, task: Task) -> None:
         if await self._fleet.removed(task.command.session, REMOVAL_WAIT_S):
-            self._unserved.put_nowait(task)
+            self._unserved.put_nowait((task, False))
         else:
             self._refuse(task, _being_removed())
 
