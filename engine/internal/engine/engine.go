@@ -61,6 +61,8 @@ type Engine struct {
 	web    *waversion.Keeper
 	ctx    context.Context
 	cancel context.CancelFunc
+	opens  context.Context // ends when no session may open any more
+	refuse context.CancelFunc
 	exit   chan int // the first status wins
 
 	mu       sync.Mutex
@@ -81,6 +83,8 @@ func Run(options Options) int {
 	e := &Engine{Options: options, exit: make(chan int, 1), sessions: map[string]*entry{}}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	defer e.cancel()
+	e.opens, e.refuse = context.WithCancel(e.ctx)
+	defer e.refuse()
 	e.out = frames.NewWriter(options.Pipe, func(err error) {
 		options.Log.Warn("the daemon cannot be written to", logs.KeyError, err)
 		e.cancel()
@@ -211,6 +215,7 @@ func (e *Engine) refuseNew() []*entry {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.stopping = true
+	e.refuse()
 	list := make([]*entry, 0, len(e.sessions))
 	for _, entry := range e.sessions {
 		list = append(list, entry)

@@ -4,6 +4,7 @@ package engine
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"io"
 	"log/slog"
@@ -20,6 +21,9 @@ import (
 	"go.mau.fi/whatsmeow/store"
 
 	"warren/engine/internal/endpoint"
+	"warren/engine/internal/frames"
+	"warren/engine/internal/session"
+	"warren/engine/internal/waversion"
 )
 
 // asker answers as web.whatsapp.com and counts.
@@ -105,6 +109,21 @@ func TestVersionIsAskedForInTheBackground(t *testing.T) {
 			t.Fatal("the version is not cached")
 		}
 		time.Sleep(time.Millisecond)
+	}
+}
+
+// TestAStopDoesNotWaitForAVersion stops while an open waits for a new version after a refusal.
+func TestAStopDoesNotWaitForAVersion(t *testing.T) {
+	web := waversion.New(waversion.Options{HTTP: &http.Client{Transport: &asker{block: make(chan struct{})}}, Log: slog.New(slog.DiscardHandler)})
+	version, _ := web.Current()
+	web.Refused(version)
+	e := &Engine{Options: Options{Log: slog.New(slog.DiscardHandler)}, web: web}
+	e.ctx, e.cancel = context.WithCancel(t.Context())
+	e.opens, e.refuse = context.WithCancel(e.ctx)
+	time.AfterFunc(20*time.Millisecond, func() { e.refuseNew() })
+	start := time.Now()
+	if s, err := e.openUnlessStopping(&session.Options{}); s != nil || err == nil || err.Code != frames.CodeBusy || time.Since(start) > 5*time.Second {
+		t.Errorf("%v %v after %s", s, err, time.Since(start))
 	}
 }
 

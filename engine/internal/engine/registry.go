@@ -107,13 +107,13 @@ func (e *Engine) serve(r *frames.Request, options *session.Options, current, pre
 }
 
 func (e *Engine) openUnlessStopping(options *session.Options) (*session.Session, *frames.Error) {
+	e.web.BeforeOpen(e.opens) // may take seconds, in which a stop may come
 	e.mu.Lock()
 	stopping := e.stopping
 	e.mu.Unlock()
 	if stopping {
 		return nil, frames.Errorf(frames.CodeBusy, "the engine is stopping")
 	}
-	e.web.BeforeOpen(e.ctx)
 	return e.openSession(options)
 }
 
