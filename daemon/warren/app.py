@@ -124,8 +124,7 @@ class Daemon:
             p.gateway.close()
         # 2. The sends under way get their outcome.
         if p.fleet is not None and p.outcomes is not None:
-            await self._step("commands", budget.commands_s, p.fleet.finish_sending)
-            await self._step("outcomes", budget.commands_s, p.outcomes.wait)
+            await self._step("commands", budget.commands_s, self._finish_commands)
         # 3. Sockets close, side by side; nobody is logged out. Messages whose event is stored are receipted first.
         if p.fleet is not None:
             await self._step("sessions", budget.sessions_s, p.fleet.halt)
@@ -170,6 +169,13 @@ class Daemon:
             self._clean = False
             logger.bind(action="shutdown_bug", step=name).opt(exception=result).error("Stopping: `{}` failed.", name)
 
+    async def _finish_commands(self) -> None:
+        fleet, outcomes = self._parts.fleet, self._parts.outcomes
+        assert fleet is not None
+        assert outcomes is not None
+        await fleet.finish_sending()
+        await outcomes.wait()
+
     async def _drained(self) -> None:
         delivery, outcomes = self._parts.delivery, self._parts.outcomes
         assert delivery is not None
@@ -212,10 +218,14 @@ class Daemon:
     async def _start_engine(self) -> EngineProcess:
         s = self.settings
         args = ["--max-sessions", str(s.engine.sessions_per_process), "--log-level", ENGINE_LEVELS[s.log.level]]
-        if s.whatsapp.endpoint is not None:
+        args += ["--memory-limit-mb", str(s.engine.memory_limit_mb)] if s.engine.memory_limit_mb else []
+        args += ["--wa-version", s.whatsapp.version] if s.whatsapp.version else []
+        if s.whatsapp.endpoint is None:
+            args += ["--version-cache", str(s.state_dir / "whatsapp-version")]
+        else:
             args += ["--endpoint", s.whatsapp.endpoint]
-            args += ["--root-key", s.whatsapp.root_key.get_secret_value()] if s.whatsapp.root_key else []
-            args += ["--ca-file", str(s.whatsapp.ca_file)] if s.whatsapp.ca_file else []
+            assert s.whatsapp.root_key is not None
+            args += ["--root-key", s.whatsapp.root_key.get_secret_value(), "--ca-file", str(s.whatsapp.ca_file)]
         return await start_engine(find_engine_binary(s.engine.path), args)
 
     def _disk_ok(self) -> bool:

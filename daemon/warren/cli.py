@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import subprocess
 import sys
@@ -56,6 +57,9 @@ class Failed(Exception):
 def main(argv: list[str] | None = None) -> int:
     """The command `warren`. Returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    # What the libraries think of a lost connection is said by our own errors, in words.
+    for library in ("aio_pika", "aiormq"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     args = argparse.Namespace(config=None, url=None, timeout=None, json="--json" in words)
     try:
         build_parser().parse_args(words, args)

@@ -85,7 +85,7 @@ def test_the_example_explains_every_setting() -> None:
 def test_the_example_loads_as_it_is_and_its_values_are_valid() -> None:
     assert load_settings(EXAMPLE) == Settings()
     for name, (_, line) in example_blocks().items():
-        if name not in ("whatsapp.root_key", "whatsapp.ca_file", "amqp.url_file"):
+        if name not in ("whatsapp.endpoint", "whatsapp.root_key", "whatsapp.ca_file", "amqp.url_file"):
             load_settings(None, {name: next(iter(tomllib.loads(line).values()))})
 
 
@@ -261,7 +261,8 @@ def test_errors_do_not_show_secrets(monkeypatch: pytest.MonkeyPatch, url: str) -
 
 
 def test_describe_tells_every_setting_with_its_source_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = write(tmp_path / "c.toml", f'[whatsapp]\nendpoint = "wss://[::1]:1"\nroot_key = "{KEY}"')
+    ca = write(tmp_path / "ca.pem", "")
+    config = write(tmp_path / "c.toml", f'[whatsapp]\nendpoint = "wss://[::1]:1"\nroot_key = "{KEY}"\nca_file = "{ca}"')
     monkeypatch.setenv("WARREN_LOG__LEVEL", "error")
     secret = write(tmp_path / "secret", "amqp://user:s3cret@rabbit:5672/vhost?password=s3cret")
     described = load_settings(config, {"amqp.url_file": secret, "fleet.max_sessions": 7}).describe()

@@ -146,11 +146,14 @@ class WhatsAppSettings(_Section):
     root_key: Annotated[SecretStr, AfterValidator(_hex_key)] | None = None
     ca_file: Annotated[Path, AfterValidator(_absolute), AfterValidator(_readable)] | None = None
     device_name: Annotated[str, Field(min_length=1, max_length=50)] = "warren"
+    version: Annotated[str, Field(pattern=r"^2\.[0-9]+\.[0-9]+$")] | None = None
 
     @model_validator(mode="after")
-    def _trust_only_with_an_endpoint(self) -> WhatsAppSettings:
+    def _all_of_a_simulator_or_nothing(self) -> WhatsAppSettings:
         if self.endpoint is None and (self.root_key is not None or self.ca_file is not None):
             raise ValueError("`root_key` and `ca_file` are for a simulator; set `endpoint` too, or remove them")
+        if self.endpoint is not None and (self.root_key is None or self.ca_file is None):
+            raise ValueError("`endpoint` needs `root_key` and `ca_file`; `warren sim` prints all three")
         return self
 
 
@@ -161,6 +164,7 @@ class EngineSettings(_Section):
     sessions_per_process: PositiveInt = 250
     ping_interval_s: PositiveFloat = 5.0
     ping_timeout_s: PositiveFloat = 15.0
+    memory_limit_mb: PositiveInt | None = None
 
 
 class FleetSettings(_Section):
