@@ -72,6 +72,12 @@ class Claim(Protocol):
         """
         ...
 
+    async def unbind(self) -> None:
+        """Let no more commands into the two queues: they go to the unclaimed ones from now on. Best effort; until the claim is
+        set up again (`release(remove=True)` follows).
+        """
+        ...
+
     async def release(self, *, remove: bool = False) -> None:
         """Stop consuming and give up the lock. `remove` (logout) also unbinds and deletes both queues, after handing what is
         left in them to the callbacks it was claimed with (so that each still gets its answer).

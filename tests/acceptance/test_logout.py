@@ -85,3 +85,12 @@ async def test_lost_state_is_never_replaced_and_can_be_given_up(tmp_path: Path, 
         assert error["data"]["hint"]
         assert len(rig.got.of("qr")) == 1, "no new identity in place of a lost one"
         assert (await rig.call("logout", "acme")).ok
+
+
+async def test_create_right_after_logout(tmp_path: Path, broker: Broker, prefix: str) -> None:
+    async with Rig(tmp_path, broker.url, prefix) as rig:
+        for epoch in range(1, 21):
+            created = await rig.call("create", "acme")
+            assert created.ok, created
+            assert created.result["epoch"] == epoch
+            assert (await rig.call("logout", "acme")).ok

@@ -519,9 +519,25 @@ class AmqpClaim:
                 "The lock of session {} stays until the connection ends: {!r}", self.session, error
             )
 
+    async def unbind(self) -> None:
+        """See `ports.Claim`."""
+        async with self._mutex:
+            if (intake := self._intake) is None:
+                return
+            try:
+                await self._unbind(intake)
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                    raise
+                self._kept.lose(error)
+
+    async def _unbind(self, intake: Intake) -> None:
+        names, timeout_s = self._options.topology, self._options.request_timeout_s
+        await intake.channel.queue_unbind(self._control, names.control, self.session, timeout=timeout_s)
+        await intake.channel.queue_unbind(self._work, names.commands, self.session, timeout=timeout_s)
+
     async def _remove(self) -> None:
         """Unbind, hand over what is left, wait until it is settled, delete the queues."""
-        names = self._options.topology
         async with self._mutex:
             if (intake := self._intake) is None:
                 raise BrokerUnavailable(
@@ -529,8 +545,7 @@ class AmqpClaim:
                     hint="Try again when RabbitMQ is back.",
                 )
             timeout_s = self._options.request_timeout_s
-            await intake.channel.queue_unbind(self._control, names.control, self.session, timeout=timeout_s)
-            await intake.channel.queue_unbind(self._work, names.commands, self.session, timeout=timeout_s)
+            await self._unbind(intake)
             await self.pause_work()
             if self._control_tag is not None:
                 await intake.cancel(self._control_tag)

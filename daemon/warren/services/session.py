@@ -338,6 +338,8 @@ class Session:
             await self._close_beside_and_wait()
         self._over = self._generation
         before = self.state
+        # Who hears that it is logged out may create it again at once: that `create` must not land in queues about to be deleted.
+        await self._claim.unbind()
         self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="")
         self._cancel_timer()
         self._enter(State.STOPPED, _LOGGED_OUT_BY_COMMAND)
