@@ -97,7 +97,7 @@ func (k *Keeper) Run(ctx context.Context) {
 			return
 		}
 		wait = refreshEvery
-		if err := k.refresh(ctx); err != nil {
+		if err := k.refresh(ctx, false); err != nil {
 			wait = retryEvery
 		}
 	}
@@ -139,7 +139,7 @@ func (k *Keeper) BeforeOpen(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, openBound)
 	defer cancel()
 	if k.needsRefresh() {
-		_ = k.refresh(ctx) // it has logged its error
+		_ = k.refresh(ctx, true) // it has logged its error
 	}
 }
 
@@ -149,8 +149,8 @@ func (k *Keeper) needsRefresh() bool {
 	return k.asks() && k.outdated
 }
 
-// refresh asks once, however many want to know at the same time.
-func (k *Keeper) refresh(ctx context.Context) error {
+// refresh asks once, however many want to know at the same time. refused: only because the current version was refused.
+func (k *Keeper) refresh(ctx context.Context, refused bool) error {
 	began := time.Now()
 	select {
 	case k.fetching <- struct{}{}:
@@ -158,7 +158,7 @@ func (k *Keeper) refresh(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	if !k.due(began) {
+	if !k.due(began, refused) {
 		return nil
 	}
 	version, err := k.fetch(ctx)
@@ -179,9 +179,12 @@ func (k *Keeper) refresh(ctx context.Context) error {
 }
 
 // due is false when somebody else has asked since, or, for a version that was refused, a moment ago: asking again at once brings the same.
-func (k *Keeper) due(began time.Time) bool {
+func (k *Keeper) due(began time.Time, refused bool) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if refused && !k.outdated {
+		return false // somebody else's answer came while we waited for our turn
+	}
 	if k.attempted.After(began) || k.outdated && !k.attempted.IsZero() && time.Since(k.attempted) < forcedEvery {
 		return false
 	}
