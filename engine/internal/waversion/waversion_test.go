@@ -218,7 +218,7 @@ func TestBadPages(t *testing.T) {
 		"broken":    {err: errors.New("cut")},
 	} {
 		k := newKeeper(p, nil)
-		if err := k.refresh(t.Context()); err == nil || len(err.Error()) > maxErrorText {
+		if err := k.refresh(t.Context(), false); err == nil || len(err.Error()) > maxErrorText {
 			t.Errorf("%s: %v", name, err)
 		}
 		if version, age := k.Current(); version != store.GetWAVersion() || age >= 0 {
@@ -226,7 +226,7 @@ func TestBadPages(t *testing.T) {
 		}
 	}
 	k := newKeeper(&page{revision: 1}, nil)
-	if err := k.refresh(t.Context()); err != nil {
+	if err := k.refresh(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
 	if version, age := k.Current(); version != store.GetWAVersion() || age < 0 {
