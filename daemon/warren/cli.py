@@ -37,7 +37,7 @@ exit status:
 """
 CALL_TIMEOUT_S = 30.0
 LIST_TIMEOUT_S = 2.0
-SIM_OPTIONS = ("listen", "control", "ca-file", "log-level")
+SIM_OPTIONS = ("listen", "control", "ca-file", "seed", "log-level")
 
 
 class UsageError(ConfigError):

@@ -145,8 +145,8 @@ def test_errors_of_open_that_end_a_session_have_a_cause() -> None:
 def test_a_cause_speaks_to_the_operator_and_fits_the_table(cause: Cause) -> None:
     assert cause.message.endswith(".")
     assert cause.hint.endswith(".")
-    # The engine opens in CONNECTING, so whatever ends a connection can happen there; a code runs out only where it was shown.
-    assert (State.PAIRING if cause.trigger is Trigger.RENEW else State.CONNECTING, cause.trigger) in TABLE
+    # The engine opens in CONNECTING, so whatever ends a connection can happen there.
+    assert (State.CONNECTING, cause.trigger) in TABLE
 
 
 def test_an_unknown_reason_is_retried_and_seen() -> None:

@@ -79,6 +79,7 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         (s.PAIRING, t.QR): Step(s.PAIRING, "qr"),
         (s.PAIRING, t.PAIRED): Step(s.CONNECTING),
         (s.PAIRING, t.RENEW): Step(s.CONNECTING),
+        (s.CONNECTING, t.RENEW): Step(s.CONNECTING),
         (s.CONNECTING, t.RESTART): Step(s.CONNECTING),
         (s.CONNECTING, t.CONNECTED): Step(s.ONLINE, "connected"),
         (s.CONNECTING, t.UNPAIRED): Step(s.STOPPED, "disconnected"),

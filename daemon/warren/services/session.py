@@ -45,7 +45,7 @@ SETTLE_TIMEOUT_S = 90.0
 """Longest time from `open` to the first word about it."""
 REPLACED_RETRY_S = 60.0
 PAIRING_CODES = 3
-"""Pairing codes shown for one `create`, each for as long as WhatsApp takes it (about 160 s)."""
+"""Pairing codes asked for at one `create`, each for as long as WhatsApp takes it (about 160 s)."""
 KEEPALIVE_FAILURES = 2
 """Unanswered keepalives in a row (whatsmeow: one every 20 to 30 s) after which the connection is a zombie."""
 
@@ -129,7 +129,7 @@ class Session:
         self._until: datetime | None = None
         self._qr: dict[str, Any] | None = None
         self._pairing_code: dict[str, Any] | None = None
-        self._codes_shown = 0
+        self._codes_asked = 0
         self._just_paired = False
         self._last_message_at: str | None = None
         self._generation = 0
@@ -290,7 +290,7 @@ class Session:
         settings = {**self._record.settings, **args.settings()}
         if not self._record.paired:
             settings["phone_number"] = args.phone_number
-            self._codes_shown = 0
+            self._codes_asked = 0
         record = replace(self._record, desired=Desired.RUNNING, settings=settings)
         if self.state is State.LOGGED_OUT:
             # A new phone, a new life: its own epoch, so that nothing of the old one can be mistaken for it.
@@ -557,6 +557,7 @@ class Session:
         directory = await self._deps.state_dir.prepare(self.id, self._record.epoch)
         settings = self._record.settings
         number = settings.get("phone_number")
+        self._codes_asked += 1
         return await self._deps.engines.open(
             self.id,
             generation,
@@ -627,7 +628,7 @@ class Session:
         if reason == "restart_required" and not self._just_paired:
             reason = "server"  # only pairing earns a new connection at once; a server that keeps asking meets the backoff
         self._just_paired = False
-        if reason == "qr_expired" and self._record.settings.get("phone_number") and self._codes_shown < PAIRING_CODES:
+        if reason == "qr_expired" and self._record.settings.get("phone_number") and self._codes_asked < PAIRING_CODES:
             reason = "code_expired"
         cause = cause_of(reason)
         if isinstance(said := data.get("message"), str) and said:
@@ -654,7 +655,6 @@ class Session:
             shown = {**self._qr, "image": qr_image(code)}
             self._deps.delivery.ephemeral(self.id, "qr", shown, event_id=event_id(self.id, "qr", code))
             return
-        self._codes_shown += 1
         number = self._record.settings.get("phone_number")
         self._qr, self._pairing_code = None, {"code": code, "expires_at": expires, "phone_number": number}
         self._deps.delivery.ephemeral(
