@@ -190,7 +190,7 @@ async def test_ten_sessions_both_ways_with_sigterm_in_the_middle(tmp_path: Path,
 @pytest.mark.timeout(240)
 async def test_kill_nine_at_random_moments(tmp_path: Path, broker: Broker, prefix: str) -> None:
     """Daemon, engine and RabbitMQ killed under traffic. `make faults` will do this in earnest."""
-    count, sessions = 60, ["k0", "k1", "k2"]
+    count, sessions = 150, ["k0", "k1", "k2"]
     async with Rig(tmp_path, broker.url, prefix, WARREN_RECONNECT__BASE_S="0.5") as rig:
         await rig.sim.add_phone(PEER, "Peer")
         await asyncio.gather(*(rig.pair(s, f"1555020{n:04}") for n, s in enumerate(sessions)))

@@ -99,16 +99,15 @@ class _Host:
             raise EngineError("No engine process is running.", engine_code="gone", hint="See the log for why.") from None
 
     async def stop(self, timeout_s: float) -> bool:
-        """Ask it to close everything and exit, then end it. False when it had to be killed or was not there."""
+        """Ask it to close everything and exit, then end it. False when it had to be killed; one that is down is stopped."""
         self._stopping = True
         clean = True
         try:
             await self.request("stop", "", timeout_s)
         except EngineError as e:
-            clean = False
-            logger.bind(action="engine_stop", engine=self.number).warning("The engine did not stop by itself: {}", e)
-        if not clean:
+            clean = e.engine_code == "gone"
             self._task.cancel()
+            logger.bind(action="engine_stop", engine=self.number).warning("The engine did not stop by itself: {}", e)
         await asyncio.gather(self._task, return_exceptions=True)
         return clean
 
