@@ -17,7 +17,6 @@ from warren.core.names import (
     Topology,
     command_fingerprint,
     event_id,
-    event_routing_key,
     is_session_id,
 )
 from warren.errors import CommandError
@@ -375,25 +374,3 @@ def cloud_event(
 def timestamp(time: datetime) -> str:
     """RFC 3339 in UTC with milliseconds."""
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.microsecond // 1000:03d}Z"
-
-
-__all__ = [
-    "CLOUDEVENT",
-    "COMMANDS",
-    "EPHEMERAL",
-    "JSON",
-    "MAX_BODY_BYTES",
-    "Args",
-    "Command",
-    "CreateArgs",
-    "NoArgs",
-    "Origin",
-    "Outcome",
-    "Rejected",
-    "SendArgs",
-    "cloud_event",
-    "decode_command",
-    "event_routing_key",
-    "outcome_event_id",
-    "timestamp",
-]

@@ -177,6 +177,3 @@ CAUSES: dict[str, Cause] = {
 def cause_of(reason: str) -> Cause:
     """The cause for an engine's word; an unknown one counts as `internal`, so that it is retried and seen."""
     return CAUSES.get(reason, CAUSES["internal"])
-
-
-NEEDS_SOMEBODY = frozenset({State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.QUARANTINED})

@@ -56,8 +56,6 @@ class _Host:
     def __init__(self, number: int, start: StartEngine, options: EngineOptions, random01: Callable[[], float]) -> None:
         self.number = number
         self.sessions: dict[str, _Open] = {}
-        self.pid: int | None = None
-        self.restarts = 0
         self._start, self._options, self._random01 = start, options, random01
         self._pending: dict[int, asyncio.Future[Response]] = {}
         self._next_id = 0
@@ -126,7 +124,6 @@ class _Host:
             if self._stopping:
                 return
             attempt = 0 if loop.time() - started > self._options.stable_s else attempt + 1
-            self.restarts += 1
             pause = delay(
                 attempt, base_s=self._options.restart_base_s, cap_s=self._options.restart_cap_s, random01=self._random01()
             )
@@ -136,7 +133,6 @@ class _Host:
     async def _live(self) -> None:
         """One process, from its start to its end. However it ends, its sessions hear of it."""
         process = await self._start()
-        self.pid = process.pid
         writer = asyncio.create_task(self._write(process))
         pinger = asyncio.create_task(self._ping(process))
         log = logger.bind(action="engine_started", engine=self.number, pid=process.pid)
@@ -145,7 +141,6 @@ class _Host:
             await self._read(process)
         finally:
             self._ready.clear()
-            self.pid = None
             if not self._stopping:
                 process.kill()
             for task in (writer, pinger):
@@ -268,9 +263,6 @@ class Engines:
         if host is not None and (current := host.sessions.get(session)) and current.generation == generation:
             host.sessions.pop(session, None)
             self._where.pop(session, None)
-
-    def pids(self) -> list[int]:
-        return [host.pid for host in self._hosts if host.pid is not None]
 
     def _host_with_room(self) -> _Host:
         for host in self._hosts:
