@@ -28,6 +28,7 @@ from loguru import logger
 
 from warren.core.envelope import COMMANDS, JSON, Outcome, timestamp
 from warren.core.names import SESSION_ID, Topology, is_session_id
+from warren.edges.amqp_link import QuietConnection
 from warren.errors import BrokerUnavailable, CommandError, WarrenError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -74,7 +75,10 @@ class Client:
         address = broker_address(self._url)
         try:
             self._connection = await aio_pika.connect(
-                self._url, timeout=CONNECT_TIMEOUT_S, client_properties={"connection_name": self._name}
+                self._url,
+                timeout=CONNECT_TIMEOUT_S,
+                client_properties={"connection_name": self._name},
+                connection_class=QuietConnection,
             )
         except aio_pika.exceptions.ProbableAuthenticationError as e:
             raise BrokerUnavailable(

@@ -17,6 +17,7 @@ from tests.contract import faults_of
 from warren.client import Client
 from warren.core.envelope import Outcome
 from warren.demo import Warrend
+from warren.edges.amqp_link import QuietConnection
 from warren.edges.settings import find_engine_binary
 from warren.simulator import Simulator
 
@@ -135,7 +136,7 @@ class Rig:
         """Survives the broker's restarts, as a service does."""
         while True:
             with contextlib.suppress(aio_pika.exceptions.AMQPError, OSError, TimeoutError):
-                connection = await aio_pika.connect(self.url, timeout=5)
+                connection = await aio_pika.connect(self.url, timeout=5, connection_class=QuietConnection)
                 async with connection:
                     channel = await connection.channel()
                     await channel.set_qos(prefetch_count=200)

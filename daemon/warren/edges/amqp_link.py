@@ -142,7 +142,18 @@ class _Streams(TransportFactory):
         return FrameReader(reader), self.writer
 
 
-class _Connection(aio_pika.Connection):
+class QuietConnection(aio_pika.Connection):
+    """aio-pika's connection, without the close that it begins when it is forgotten.
+
+    After a failed connect there is nothing to close, and forgotten outside a running loop that close is never awaited, which
+    Python warns about. A connection that did open must be closed by whoever opened it.
+    """
+
+    def __del__(self) -> None:
+        pass
+
+
+class _Connection(QuietConnection):
     def __init__(self, url: URL, *args: Any, **kwargs: Any) -> None:
         super().__init__(url, *args, **kwargs)
         self.streams = _Streams(TLSTransportFactory() if self.url.scheme == "amqps" else TCPTransportFactory())
