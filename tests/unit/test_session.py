@@ -73,7 +73,7 @@ class HereState:
         return 1
 
     async def prepare(self, session: str, epoch: int) -> Path:
-        return Path("/nowhere")
+        return Path(f"/nowhere/{epoch}")
 
 
 @contextlib.asynccontextmanager
@@ -84,7 +84,7 @@ async def running(**record: Any) -> AsyncIterator[tuple[Session, PlayedEngines, 
         cast(Any, bus), store, Topology("warren"), DeliveryOptions("t"), now=now, random01=lambda: 0.5, disk_ok=lambda: True
     )
     await delivery.start()
-    kept = SessionRecord("acme", 1, Desired.RUNNING, **record)
+    kept = SessionRecord(**{"session": "acme", "epoch": 1, "desired": Desired.RUNNING, **record})
     engines.paired = kept.paired
     await store.write(PutSession(kept))
     deps = Deps(
@@ -185,3 +185,10 @@ async def test_words_of_an_old_generation_change_nothing() -> None:
         engines.says("logged_out", code=401)  # the same generation has ended already
         await opening(engines)
         assert session.state is State.CONNECTING
+
+
+async def test_a_paired_session_opens_the_directory_that_current_names_whatever_its_epoch() -> None:
+    async with running(epoch=4, paired=True) as (_, engines, _):
+        assert (await opening(engines))["dir"] == "/nowhere/1"
+    async with running(epoch=4) as (_, engines, _):
+        assert (await opening(engines))["dir"] == "/nowhere/4"

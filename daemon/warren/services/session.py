@@ -554,7 +554,9 @@ class Session:
         current = await self._deps.state_dir.current_epoch(self.id)
         if self._record.paired and current is None:
             raise EngineError("The session's directory is gone.", engine_code="state_missing")
-        directory = await self._deps.state_dir.prepare(self.id, self._record.epoch)
+        # What is paired stays where it is: the events of a rebuilt or restored session may be an epoch ahead of its directory.
+        epoch = current if self._record.paired and current is not None else self._record.epoch
+        directory = await self._deps.state_dir.prepare(self.id, epoch)
         settings = self._record.settings
         number = settings.get("phone_number")
         self._codes_asked += 1
