@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import orjson
 
-from warren.errors import StateError
+from warren.errors import StateError, StorageError
 from warren.ports import (
     AddEvent,
+    Found,
     JournalRow,
+    Listed,
     OutboxRow,
     Published,
     PutOutcome,
@@ -162,3 +165,80 @@ class MemoryBus:
         self.in_flight[session] -= 1
         self.published.append((message_id, routing_key))
         return self.answers(message_id)
+
+
+class MemoryObjects:
+    """`ports.ObjectStore`; passes the same conformance tests as the real ones. Its faults:
+
+    - `failing`: how many further calls fail without any effect;
+    - `losing_answers`: how many further puts take effect and are then reported as failed;
+    - `truncating`: how many further gets bring only half of the object;
+    - `denied`: every call fails like wrong credentials;
+    - `gate`: while cleared, calls wait.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self.objects: dict[str, tuple[bytes, str, float]] = {}
+        """name -> (data, version, modified)."""
+        self.calls: list[tuple[str, str]] = []
+        """(verb, name), each try."""
+        self.failing = 0
+        self.losing_answers = 0
+        self.truncating = 0
+        self.denied = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._clock = clock
+        self._versions = 0
+
+    async def create(self, name: str, data: bytes) -> bool:
+        await self._called("create", name)
+        if name in self.objects:
+            return False
+        self._put(name, data)
+        return True
+
+    async def replace(self, name: str, data: bytes, expected: str) -> bool:
+        await self._called("replace", name)
+        if name not in self.objects or self.objects[name][1] != expected:
+            return False
+        self._put(name, data)
+        return True
+
+    async def get(self, name: str) -> Found | None:
+        await self._called("get", name)
+        if name not in self.objects:
+            return None
+        data, version, _ = self.objects[name]
+        if self.truncating:
+            self.truncating -= 1
+            data = data[: len(data) // 2]
+        return Found(data, version)
+
+    async def list(self, prefix: str) -> list[Listed]:
+        await self._called("list", prefix)
+        below = f"{prefix}/" if prefix else ""
+        return [Listed(n, len(d), at) for n, (d, _, at) in sorted(self.objects.items()) if n.startswith(below)]
+
+    async def delete(self, name: str) -> None:
+        await self._called("delete", name)
+        self.objects.pop(name, None)
+
+    async def close(self) -> None: ...
+
+    async def _called(self, verb: str, name: str) -> None:
+        self.calls.append((verb, name))
+        await self.gate.wait()
+        await asyncio.sleep(0)
+        if self.denied:
+            raise StorageError("The store refuses the credentials.", kind="denied")
+        if self.failing:
+            self.failing -= 1
+            raise StorageError("The store does not answer.", kind="unavailable")
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._versions += 1
+        self.objects[name] = (bytes(data), str(self._versions), self._clock())
+        if self.losing_answers:
+            self.losing_answers -= 1
+            raise StorageError("The answer of the store was lost.", kind="unavailable")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+StorageTrouble = Literal["unavailable", "denied", "misconfigured", "corrupt"]
+"""Of a StorageError: try again later; credentials or permissions; a wrong bucket, region or address; an answer without sense."""
 
 
 class WarrenError(Exception):
@@ -13,7 +16,7 @@ class WarrenError(Exception):
     """
 
     code: ClassVar[str] = "internal"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -48,6 +51,29 @@ class StateError(WarrenError):
     """State on disk exists but cannot be used. Never answered by starting afresh over it."""
 
     code = "state_unreadable"
+
+
+class StorageError(WarrenError):
+    """The object store did not do what was asked. Whether a put took effect is unknown when `kind` is "unavailable"."""
+
+    code = "storage"
+
+    def __init__(self, message: str, *, kind: StorageTrouble, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.kind = kind
+        self.retryable = kind == "unavailable"
+
+
+class SealError(WarrenError):
+    """Bytes from the object store that are not what was sealed under their name: damaged, swapped, renamed or replayed."""
+
+    code = "backup_damaged"
+
+
+class StorageKeyError(SealError):
+    """A session's key is wrapped with a master key that is not among the ones given."""
+
+    code = "storage_key"
 
 
 class EngineError(WarrenError):

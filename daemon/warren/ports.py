@@ -250,6 +250,58 @@ class StateDir(Protocol):
         ...
 
 
+# --- object store -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object as it was read."""
+
+    data: bytes
+    version: str
+    """Changes with the content; for `replace`. Means nothing outside the store it came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    name: str
+    size: int
+    """Bytes."""
+    modified: float
+    """Unix time, by the store's clock."""
+
+
+class ObjectStore(Protocol):
+    """Where backups live. One attempt per call, each with a deadline of its own: repeating is the caller's business.
+
+    Every call raises StorageError for whatever goes wrong, and only then. After `unavailable` a put may have taken effect or not,
+    now or a moment later: repeat it with the same bytes, and when the name then exists, read it back. Cancelling stops the
+    waiting; what was asked may still happen.
+    """
+
+    async def create(self, name: str, data: bytes) -> bool:
+        """Put an object that does not exist yet; all of it or nothing becomes visible. False: the name is taken."""
+        ...
+
+    async def replace(self, name: str, data: bytes, expected: str) -> bool:
+        """Put over an object whose version is `expected`. False: it was changed or deleted meanwhile, and nothing was done."""
+        ...
+
+    async def get(self, name: str) -> Found | None:
+        """None: there is no such object. Never None for one that is there but cannot be read."""
+        ...
+
+    async def list(self, prefix: str) -> list[Listed]:
+        """Every object below the folder `prefix` (no slash at its end; "" for all), sorted by name. Complete or StorageError."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """It is gone afterwards; that it was not there is fine."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 
