@@ -12,13 +12,17 @@ import orjson
 from warren.errors import StateError, StorageError
 from warren.ports import (
     AddEvent,
+    BackupRow,
     Found,
     JournalRow,
+    KeepOutcome,
     Listed,
     OutboxRow,
     Published,
+    PutBackup,
     PutOutcome,
     PutSession,
+    RemoveBackup,
     RemoveEvents,
     SessionRecord,
     Write,
@@ -34,6 +38,7 @@ class MemoryStore:
         self.rows: dict[tuple[str, int, int], OutboxRow] = {}
         self.journal: dict[tuple[str, str], JournalRow] = {}
         self.records: dict[str, SessionRecord] = {}
+        self.backups: dict[str, BackupRow] = {}
         self.failing = 0
         self._queued: list[tuple[tuple[Write, ...], asyncio.Future[None]]] = []
         self._closed = False
@@ -65,12 +70,12 @@ class MemoryStore:
         if self.failing:
             self.failing -= 1
             return StateError("The disk is full.")
-        before = dict(self.rows), dict(self.journal), dict(self.records)
+        before = dict(self.rows), dict(self.journal), dict(self.records), dict(self.backups)
         try:
             for write in writes:
                 self._apply(write)
         except (StateError, TypeError) as e:
-            self.rows, self.journal, self.records = before
+            self.rows, self.journal, self.records, self.backups = before
             return e
         return None
 
@@ -82,7 +87,15 @@ class MemoryStore:
                 for key in keys:
                     self.rows.pop(key, None)
             case PutOutcome(outcome):
+                # Behind the others, as its time says.
+                self.journal.pop((outcome.session, outcome.command_id), None)
                 self.journal[outcome.session, outcome.command_id] = outcome
+            case KeepOutcome(outcome):
+                self.journal.setdefault((outcome.session, outcome.command_id), outcome)
+            case PutBackup(backup):
+                self.backups[backup.session] = backup
+            case RemoveBackup(session):
+                self.backups.pop(session, None)
             case PutSession(record):
                 orjson.dumps(record.settings)  # raises TypeError for what cannot be stored
                 old = self.records.get(record.session)
@@ -117,6 +130,14 @@ class MemoryStore:
     async def outcome(self, session: str, command_id: str) -> JournalRow | None:
         await self._read()
         return self.journal.get((session, command_id))
+
+    async def last_outcomes(self, session: str, limit: int) -> list[JournalRow]:
+        await self._read()
+        return [row for row in self.journal.values() if row.session == session][-limit:]
+
+    async def backup(self, session: str) -> BackupRow | None:
+        await self._read()
+        return self.backups.get(session)
 
     async def outbox_sessions(self) -> list[str]:
         await self._read()

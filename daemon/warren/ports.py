@@ -198,7 +198,44 @@ class PutSession:
     record: SessionRecord
 
 
-Write = AddEvent | RemoveEvents | PutOutcome | PutSession
+@dataclass(frozen=True, slots=True)
+class KeepOutcome:
+    """A journal row that came back with a backup; one that is there already stays."""
+
+    row: JournalRow
+
+
+@dataclass(frozen=True, slots=True)
+class BackupRow:
+    """How far a session is backed up: the last object of ours that the store holds, and what we have tried to put behind it."""
+
+    session: str
+    epoch: int
+    sequence: int
+    """0: the epoch has begun, and nothing of it is in the store yet."""
+    at: float = 0.0
+    """Unix time of the last backup, in whatever epoch; 0: none."""
+    size: int = 0
+    """Bytes of it."""
+    digest: str = ""
+    """SHA-256 of its contents before sealing: what has not changed is not put again."""
+    attempts: tuple[str, ...] = ()
+    """SHA-256 of every object we tried to put under the next sequence, on disk before the put: tells ours from a stranger's."""
+    idle_since: float = 0.0
+    """Unix time since when nobody uses the session; 0: somebody does."""
+
+
+@dataclass(frozen=True, slots=True)
+class PutBackup:
+    row: BackupRow
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveBackup:
+    session: str
+
+
+Write = AddEvent | RemoveEvents | PutOutcome | PutSession | KeepOutcome | PutBackup | RemoveBackup
 
 
 class Store(Protocol):
@@ -215,6 +252,12 @@ class Store(Protocol):
     async def session(self, session: str) -> SessionRecord | None: ...
 
     async def outcome(self, session: str, command_id: str) -> JournalRow | None: ...
+
+    async def last_outcomes(self, session: str, limit: int) -> list[JournalRow]:
+        """The last outcomes of a session, oldest first."""
+        ...
+
+    async def backup(self, session: str) -> BackupRow | None: ...
 
     async def outbox_sessions(self) -> list[str]:
         """The sessions that have rows in the outbox."""

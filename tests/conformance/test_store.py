@@ -26,11 +26,15 @@ from warren.edges.store import SqliteStore
 from warren.errors import OwnershipError, StateError
 from warren.ports import (
     AddEvent,
+    BackupRow,
     Desired,
     JournalRow,
+    KeepOutcome,
     OutboxRow,
+    PutBackup,
     PutOutcome,
     PutSession,
+    RemoveBackup,
     RemoveEvents,
     SessionRecord,
     Store,
@@ -193,6 +197,34 @@ async def test_an_outcome_is_found_by_session_and_command(any_store: Store) -> N
     assert await any_store.outcome("other", "order-1") is None
     await any_store.write(PutOutcome(outcome("acme", "order-1", b"later")))
     assert await any_store.outcome("acme", "order-1") == outcome("acme", "order-1", b"later")
+
+
+async def test_the_last_outcomes_come_oldest_first(any_store: Store) -> None:
+    for n in range(5):
+        await any_store.write(PutOutcome(outcome("acme", f"order-{n}")))
+    await any_store.write(PutOutcome(outcome("other", "order-9")))
+    assert [row.command_id for row in await any_store.last_outcomes("acme", 3)] == ["order-2", "order-3", "order-4"]
+    assert await any_store.last_outcomes("acme", 9) == [outcome("acme", f"order-{n}") for n in range(5)]
+
+
+async def test_what_comes_back_with_a_backup_overwrites_no_outcome(any_store: Store) -> None:
+    await any_store.write(PutOutcome(outcome("acme", "order-1", b"here")))
+    await any_store.write(KeepOutcome(outcome("acme", "order-1", b"old")), KeepOutcome(outcome("acme", "order-0", b"old")))
+    assert await any_store.outcome("acme", "order-1") == outcome("acme", "order-1", b"here")
+    assert await any_store.outcome("acme", "order-0") == outcome("acme", "order-0", b"old")
+
+
+async def test_how_far_a_session_is_backed_up_is_kept(path: Path) -> None:
+    row = BackupRow("acme", 3, 7, 1700000000.25, 4096, "ab" * 32, ("cd" * 32, "ef" * 32), 12.5)
+    store = await SqliteStore.open(path)
+    assert await store.backup("acme") is None
+    await store.write(PutBackup(BackupRow("acme", 3, 6)), PutBackup(BackupRow("other", 1, 1)))
+    await store.write(PutBackup(row), RemoveBackup("other"))
+    await store.close()
+    store = await SqliteStore.open(path)
+    assert await store.backup("acme") == row
+    assert await store.backup("other") is None
+    await store.close()
 
 
 async def journal_ids(path: Path) -> set[str]:
