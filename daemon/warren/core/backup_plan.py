@@ -132,13 +132,13 @@ def choose(places: Sequence[Place], opened: Mapping[Place, Kind | None]) -> Read
 def prune(modified: Mapping[Place, float], now: float, keep_last: int, keep_days: int) -> list[Place]:
     """The backups of one session that may be deleted, oldest first. `modified` and `now` are Unix times in seconds.
 
-    Kept: the last `keep_last` states (at least one), the last state of each of the last `keep_days` days (UTC), every seal (each
-    tells one former owner that it is no longer one), and always the two newest objects, since the newest may be a seal.
+    Kept: the last `keep_last` states, the last state of each of the last `keep_days` days (UTC), and every seal (each tells one
+    former owner that it is no longer one). The newest object, state or seal, is kept, and so is the state before it.
     """
     ordered = sorted(modified, reverse=True)
     seals = {older for newer, older in pairwise(ordered) if older.epoch != newer.epoch}
-    states = [place for place in ordered if place not in seals]
-    keep = {*ordered[:2], *seals, *states[: max(1, keep_last)]}
+    states = [place for place in ordered[1:] if place not in seals]
+    keep = {*ordered[:1], *seals, *states[: max(1, keep_last - 1)]}
     days: set[int] = set()
     for place in states:
         day = int(modified[place] // DAY_S)
