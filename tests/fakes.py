@@ -13,6 +13,7 @@ from warren.errors import StateError, StorageError
 from warren.ports import (
     AddEvent,
     BackupRow,
+    Desired,
     Found,
     JournalRow,
     KeepOutcome,
@@ -21,7 +22,9 @@ from warren.ports import (
     Published,
     PutBackup,
     PutOutcome,
+    PutPacing,
     PutSession,
+    PutStarts,
     RemoveBackup,
     RemoveEvents,
     SessionRecord,
@@ -39,6 +42,8 @@ class MemoryStore:
         self.journal: dict[tuple[str, str], JournalRow] = {}
         self.records: dict[str, SessionRecord] = {}
         self.backups: dict[str, BackupRow] = {}
+        self.windows: dict[str, tuple[int, ...]] = {}
+        self.started: dict[tuple[str, str], int] = {}
         self.failing = 0
         self._queued: list[tuple[tuple[Write, ...], asyncio.Future[None]]] = []
         self._closed = False
@@ -70,12 +75,19 @@ class MemoryStore:
         if self.failing:
             self.failing -= 1
             return StateError("The disk is full.")
-        before = dict(self.rows), dict(self.journal), dict(self.records), dict(self.backups)
+        before = (
+            dict(self.rows),
+            dict(self.journal),
+            dict(self.records),
+            dict(self.backups),
+            dict(self.windows),
+            dict(self.started),
+        )
         try:
             for write in writes:
                 self._apply(write)
         except (StateError, TypeError) as e:
-            self.rows, self.journal, self.records, self.backups = before
+            self.rows, self.journal, self.records, self.backups, self.windows, self.started = before
             return e
         return None
 
@@ -102,6 +114,15 @@ class MemoryStore:
                 if old is not None and old.epoch == record.epoch:
                     record = replace(record, sequence=old.sequence)
                 self.records[record.session] = record
+                if record.desired is Desired.GONE:
+                    self.windows.pop(record.session, None)
+                    self.started = {key: count for key, count in self.started.items() if key[0] != record.session}
+            case PutPacing(session, stamps):
+                self.windows[session] = stamps
+            case PutStarts(session, command_id, count):
+                self.started[session, command_id] = count
+                if not count:
+                    del self.started[session, command_id]
 
     def _add(self, row: OutboxRow) -> None:
         key = (row.session, row.epoch, row.sequence)
@@ -138,6 +159,14 @@ class MemoryStore:
     async def backup(self, session: str) -> BackupRow | None:
         await self._read()
         return self.backups.get(session)
+
+    async def pacing(self, session: str) -> tuple[int, ...]:
+        await self._read()
+        return self.windows.get(session, ())
+
+    async def starts(self, session: str, command_id: str) -> int:
+        await self._read()
+        return self.started.get((session, command_id), 0)
 
     async def outbox_sessions(self) -> list[str]:
         await self._read()

@@ -149,6 +149,8 @@ class SessionRecord:
     """The state that needs somebody (`logged_out`, `replaced`, ...), kept over restarts; "" when none."""
     paired: bool = False
     """A device row was seen: from now on a missing state is a loss to report, not a reason to pair afresh."""
+    until: str = ""
+    """When `halted` ends by itself (RFC 3339), kept over restarts; "" when that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,10 @@ class PutOutcome:
 
 @dataclass(frozen=True, slots=True)
 class PutSession:
-    """Insert or replace a registry row. Its `sequence` is only used for a new (session, epoch): AddEvent keeps it after that."""
+    """Insert or replace a registry row. Its `sequence` is only used for a new (session, epoch): AddEvent keeps it after that.
+
+    `Desired.GONE` also forgets what PutPacing and PutStarts have kept of the session.
+    """
 
     record: SessionRecord
 
@@ -235,7 +240,24 @@ class RemoveBackup:
     session: str
 
 
-Write = AddEvent | RemoveEvents | PutOutcome | PutSession | KeepOutcome | PutBackup | RemoveBackup
+@dataclass(frozen=True, slots=True)
+class PutPacing:
+    """When a session's last messages went out (milliseconds since 1970, in order): its window of the rate limit."""
+
+    session: str
+    stamps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PutStarts:
+    """How many executions of a command have started without an end; 0: it has ended, forget it."""
+
+    session: str
+    command_id: str
+    count: int
+
+
+Write = AddEvent | RemoveEvents | PutOutcome | PutSession | PutPacing | PutStarts | KeepOutcome | PutBackup | RemoveBackup
 
 
 class Store(Protocol):
@@ -258,6 +280,14 @@ class Store(Protocol):
         ...
 
     async def backup(self, session: str) -> BackupRow | None: ...
+
+    async def pacing(self, session: str) -> tuple[int, ...]:
+        """What PutPacing has kept; empty when nothing."""
+        ...
+
+    async def starts(self, session: str, command_id: str) -> int:
+        """What PutStarts has kept; 0 when nothing."""
+        ...
 
     async def outbox_sessions(self) -> list[str]:
         """The sessions that have rows in the outbox."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import os
@@ -33,7 +34,9 @@ from warren.ports import (
     OutboxRow,
     PutBackup,
     PutOutcome,
+    PutPacing,
     PutSession,
+    PutStarts,
     RemoveBackup,
     RemoveEvents,
     SessionRecord,
@@ -212,6 +215,30 @@ async def test_what_comes_back_with_a_backup_overwrites_no_outcome(any_store: St
     await any_store.write(KeepOutcome(outcome("acme", "order-1", b"old")), KeepOutcome(outcome("acme", "order-0", b"old")))
     assert await any_store.outcome("acme", "order-1") == outcome("acme", "order-1", b"here")
     assert await any_store.outcome("acme", "order-0") == outcome("acme", "order-0", b"old")
+
+
+async def test_pacing_and_starts_are_kept_until_the_session_is_gone(any_store: Store) -> None:
+    assert (await any_store.pacing("a"), await any_store.starts("a", "c")) == ((), 0)
+    await any_store.write(PutPacing("a", (1, 2)), PutStarts("a", "c", 1), PutStarts("a", "d", 4), PutPacing("b", (7,)))
+    await any_store.write(PutPacing("a", (2, 1_800_000_000_000)), PutStarts("a", "c", 2), PutStarts("a", "d", 0))
+    assert await any_store.pacing("a") == (2, 1_800_000_000_000)
+    assert (await any_store.starts("a", "c"), await any_store.starts("a", "d")) == (2, 0)
+    await any_store.write(PutSession(SessionRecord("a", 1, Desired.GONE)))
+    assert (await any_store.pacing("a"), await any_store.starts("a", "c")) == ((), 0)
+    assert await any_store.pacing("b") == (7,)
+
+
+async def test_until_is_kept_also_in_a_file_that_knew_no_such_column(path: Path) -> None:
+    await (await SqliteStore.open(path)).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE sessions DROP COLUMN until")
+        db.execute("DROP TABLE pacing")
+        db.commit()
+    record = SessionRecord("a", 1, Desired.RUNNING, halted="blocked", until="2026-11-21T12:00:00.000Z")
+    store = await SqliteStore.open(path)
+    await store.write(PutSession(record), PutPacing("a", (1,)))
+    assert await store.sessions() == [record]
+    await store.close()
 
 
 async def test_how_far_a_session_is_backed_up_is_kept(path: Path) -> None:

@@ -32,7 +32,9 @@ from warren.ports import (
     OutboxRow,
     PutBackup,
     PutOutcome,
+    PutPacing,
     PutSession,
+    PutStarts,
     RemoveBackup,
     RemoveEvents,
     SessionRecord,
@@ -65,7 +67,7 @@ _SCHEMA = (
     """CREATE TABLE sessions (
         session TEXT PRIMARY KEY, epoch INTEGER NOT NULL, desired TEXT NOT NULL, sequence INTEGER NOT NULL,
         settings TEXT NOT NULL, account TEXT NOT NULL,
-        halted TEXT NOT NULL, paired INTEGER NOT NULL) WITHOUT ROWID""",
+        halted TEXT NOT NULL, paired INTEGER NOT NULL, until TEXT NOT NULL DEFAULT '') WITHOUT ROWID""",
     """CREATE TABLE outbox (
         session TEXT NOT NULL, epoch INTEGER NOT NULL, sequence INTEGER NOT NULL, event_id TEXT NOT NULL,
         event TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (session, epoch, sequence))""",
@@ -80,6 +82,10 @@ _ADDED = (
     """CREATE TABLE IF NOT EXISTS backups (
         session TEXT PRIMARY KEY, epoch INTEGER NOT NULL, sequence INTEGER NOT NULL, at REAL NOT NULL, size INTEGER NOT NULL,
         digest TEXT NOT NULL, attempts TEXT NOT NULL, idle_since REAL NOT NULL) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS pacing (session TEXT PRIMARY KEY, stamps TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE IF NOT EXISTS starts (
+        session TEXT NOT NULL, command_id TEXT NOT NULL, count INTEGER NOT NULL,
+        PRIMARY KEY (session, command_id)) WITHOUT ROWID""",
 )
 """Tables that came later. A warren that does not know them leaves them alone, so they need no schema version."""
 
@@ -95,7 +101,7 @@ _PRAGMAS = (
 )
 
 
-_SELECT_SESSION = "SELECT session, epoch, desired, sequence, settings, account, halted, paired FROM sessions"
+_SELECT_SESSION = "SELECT session, epoch, desired, sequence, settings, account, halted, paired, until FROM sessions"
 
 
 @dataclass(slots=True)
@@ -194,6 +200,18 @@ class SqliteStore:
             return None
         name, epoch, sequence, at, size, digest, attempts, idle_since = row
         return BackupRow(name, epoch, sequence, at, size, digest, tuple(orjson.loads(attempts)), idle_since)
+
+    async def pacing(self, session: str) -> tuple[int, ...]:
+        """See `ports.Store.pacing`."""
+        sql = "SELECT stamps FROM pacing WHERE session = ?"
+        row = await self._submit(lambda: self._db.execute(sql, (session,)).fetchone())
+        return () if row is None else tuple(orjson.loads(row[0]))
+
+    async def starts(self, session: str, command_id: str) -> int:
+        """See `ports.Store.starts`."""
+        sql = "SELECT count FROM starts WHERE session = ? AND command_id = ?"
+        row = await self._submit(lambda: self._db.execute(sql, (session, command_id)).fetchone())
+        return 0 if row is None else int(row[0])
 
     async def outbox_sessions(self) -> list[str]:
         """The sessions that have rows in the outbox, sorted; costs one look-up per session however many rows they have."""
@@ -320,6 +338,12 @@ class SqliteStore:
                     self._put_outcome(outcome)
                 case PutSession(record):
                     self._put_session(record)
+                case PutPacing(session, stamps):
+                    self._db.execute("REPLACE INTO pacing VALUES (?, ?)", (session, orjson.dumps(stamps).decode()))
+                case PutStarts(session, command_id, 0):
+                    self._db.execute("DELETE FROM starts WHERE session = ? AND command_id = ?", (session, command_id))
+                case PutStarts(session, command_id, count):
+                    self._db.execute("REPLACE INTO starts VALUES (?, ?, ?)", (session, command_id, count))
                 case KeepOutcome(outcome):
                     self._keep_outcome(outcome)
                 case PutBackup(backup):
@@ -373,11 +397,11 @@ class SqliteStore:
 
     def _put_session(self, record: SessionRecord) -> None:
         self._db.execute(
-            """INSERT INTO sessions (session, epoch, desired, sequence, settings, account, halted, paired)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?)
+            """INSERT INTO sessions (session, epoch, desired, sequence, settings, account, halted, paired, until)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
             ON CONFLICT (session) DO UPDATE
             SET desired = excluded.desired, settings = excluded.settings, account = excluded.account, halted = excluded.halted,
-                paired = excluded.paired,
+                paired = excluded.paired, until = excluded.until,
                 sequence = CASE epoch WHEN excluded.epoch THEN sequence ELSE excluded.sequence END,
                 epoch = excluded.epoch""",
             (
@@ -389,8 +413,12 @@ class SqliteStore:
                 orjson.dumps(record.account).decode(),
                 record.halted,
                 record.paired,
+                record.until,
             ),
         )
+        if record.desired is Desired.GONE:
+            self._db.execute("DELETE FROM pacing WHERE session = ?", (record.session,))
+            self._db.execute("DELETE FROM starts WHERE session = ?", (record.session,))
 
     # --- housekeeping: after a batch was answered, in transactions of its own, never a reason to fail -------------------
 
@@ -485,6 +513,8 @@ class SqliteStore:
         self._check_version()
         for statement in _ADDED:
             self._db.execute(statement)
+        if "until" not in {row[1] for row in self._db.execute("PRAGMA table_info(sessions)")}:
+            self._db.execute("ALTER TABLE sessions ADD COLUMN until TEXT NOT NULL DEFAULT ''")
 
     def _check_version(self) -> None:
         row = self._db.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
@@ -543,10 +573,10 @@ def _make_private(path: Path) -> None:
 
 
 def _record(row: tuple[Any, ...]) -> SessionRecord:
-    session, epoch, desired, sequence, settings, account, halted, paired = row
+    session, epoch, desired, sequence, settings, account, halted, paired, until = row
     try:
         return SessionRecord(
-            session, epoch, Desired(desired), sequence, orjson.loads(settings), orjson.loads(account), halted, bool(paired)
+            session, epoch, Desired(desired), sequence, orjson.loads(settings), orjson.loads(account), halted, bool(paired), until
         )
     except ValueError as e:
         raise StateError(
