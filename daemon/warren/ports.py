@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 # --- RabbitMQ ---------------------------------------------------------------------------------------------------------
 
@@ -320,6 +322,40 @@ class StateDir(Protocol):
 
     async def remove(self, session: str) -> None:
         """Delete everything of a session (logout only)."""
+        ...
+
+    async def epochs(self, session: str) -> list[int]:
+        """The epochs that have a directory, ascending, current or not."""
+        ...
+
+    async def has_state(self, session: str, epoch: int) -> bool:
+        """Whether the epoch has a `state.db`, good or bad."""
+        ...
+
+    async def copied(self, session: str, copy: Callable[[Path, Path], Awaitable[T]]) -> tuple[T, bytes] | None:
+        """Let `copy` write a copy of the current state: it is given the directory and the file to make. Returns what it returned
+        and the file's bytes (b"" when it made none); the file is gone afterwards, however it ends. None: there is no state.
+        """
+        ...
+
+    async def stage(self, session: str, database: bytes) -> None:
+        """Put a database that came from a backup on disk, beside the session's epochs, and check it. Raises StateError when it is
+        not whole; nothing else has changed then.
+        """
+        ...
+
+    async def install(self, session: str, epoch: int) -> None:
+        """Make what was staged the state of a new epoch and point `current` at it. Older epochs stay. Crash-safe: the pointer is
+        the old one or the new one, with its whole state.
+        """
+        ...
+
+    async def keep(self, session: str, epoch: int) -> None:
+        """Mark an epoch whose state cannot be read: `tidy` leaves it alone."""
+        ...
+
+    async def tidy(self, session: str) -> None:
+        """Delete the epochs before the current one, but for those that are kept."""
         ...
 
 

@@ -3,6 +3,7 @@
     <state>/lock                            flock'ed by the daemon, holds its pid
     <state>/sessions/<id>/current           the current epoch as decimal text
     <state>/sessions/<id>/<epoch>/          the engine's files: state.db and its own lock
+    <state>/sessions/<id>/restored.db       a state on its way back from a backup, until it has its epoch
 
 Missing and unreadable are different answers everywhere: missing is None, False or nothing; whatever else goes wrong is a
 StateError, so that a damaged disk is never taken for a session that was not paired yet.
@@ -15,6 +16,7 @@ import fcntl
 import os
 import re
 import shutil
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +31,9 @@ from warren.errors import OwnershipError, StateError
 T = TypeVar("T")
 
 _EPOCH = re.compile(r"0|[1-9][0-9]{0,17}")
+_STAGED = "restored.db"
+_COPY = "backup.db"
+_KEEP = "unreadable"
 
 
 class StateDirectory:
@@ -113,6 +118,66 @@ class StateDirectory:
             return False
         return True
 
+    # --- backup and restore -------------------------------------------------------------------------------------------
+
+    async def copied(self, session: str, copy: Callable[[Path, Path], Awaitable[T]]) -> tuple[T, bytes] | None:
+        """See `ports.StateDir.copied`."""
+        epoch = await self.current_epoch(session)
+        if epoch is None or not await self.has_state(session, epoch):
+            return None
+        directory = self._folder(session) / str(epoch)
+        target = directory / _COPY
+        with _explained(target, missing=True):
+            await asyncio.to_thread(_delete, target)  # from before a crash
+            try:
+                told = await copy(directory, target)
+                data = await asyncio.to_thread(_bytes_of, target)
+            finally:
+                await asyncio.to_thread(_delete, target)
+        return told, data
+
+    async def stage(self, session: str, database: bytes) -> None:
+        """See `ports.StateDir.stage`."""
+        folder = self._folder(session)
+        await self._in_turn(session, lambda: self._stage(folder, database))
+
+    async def install(self, session: str, epoch: int) -> None:
+        """See `ports.StateDir.install`."""
+        folder = self._folder(session)
+        await self._in_turn(session, lambda: self._install(session, folder, epoch))
+
+    async def keep(self, session: str, epoch: int) -> None:
+        """See `ports.StateDir.keep`."""
+        with _explained(self._folder(session), missing=True):
+            await _replace(self._folder(session) / str(epoch) / _KEEP, b"")
+
+    async def tidy(self, session: str) -> None:
+        """See `ports.StateDir.tidy`."""
+        current, folder = await self.current_epoch(session), self._folder(session)
+        for epoch in await self.epochs(session) if current is not None else ():
+            old = folder / str(epoch)
+            if epoch < (current or 0) and not (old / _KEEP).exists():
+                with _explained(old, missing=True):
+                    await self._in_turn(session, lambda old=old: asyncio.to_thread(_delete, old))  # type: ignore[misc]
+
+    async def _stage(self, folder: Path, database: bytes) -> None:
+        staged = folder / _STAGED
+        with _explained(staged, missing=True):
+            for needed in (folder.parent, folder):
+                await asyncio.to_thread(_make_private, needed)
+            await _replace(staged, database)
+        await asyncio.to_thread(_check_database, staged)
+
+    async def _install(self, session: str, folder: Path, epoch: int) -> None:
+        directory = folder / str(epoch)
+        with _explained(directory, missing=True):
+            if await self.has_state(session, epoch):
+                raise StateError(f"{directory} has a state already; nothing was restored over it.")
+            await asyncio.to_thread(_make_private, directory)
+            await asyncio.to_thread(os.replace, folder / _STAGED, directory / "state.db")
+            await asyncio.to_thread(_sync_folder, directory)
+        await self._prepare(session, folder, epoch)
+
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _folder(self, session: str) -> Path:
@@ -176,6 +241,30 @@ async def _replace(path: Path, data: bytes) -> None:
         await asyncio.to_thread(os.fsync, file.fileno())
     await asyncio.to_thread(os.replace, new, path)
     await asyncio.to_thread(_sync_folder, path.parent)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _check_database(path: Path) -> None:
+    """SQLite's own check, every index included. Raises StateError."""
+    try:
+        # Immutable: nobody else has the file, and SQLite leaves no files of its own beside it.
+        db = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+        try:
+            problems = [str(row[0]) for row in db.execute("PRAGMA integrity_check(3)")]
+            if not db.execute("PRAGMA page_count").fetchone()[0]:  # SQLite takes an empty file for an empty database
+                problems = ["it is empty"]
+        finally:
+            db.close()
+    except sqlite3.Error as e:
+        problems = [str(e)]
+    if problems != ["ok"]:
+        raise StateError(f"{path} is no whole database: {'; '.join(problems)}.", hint="An older backup may be whole.")
 
 
 def _open_private(path: str, flags: int) -> int:
