@@ -19,6 +19,15 @@ from warren.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 KEY = "a1" * 32
+NEEDS_MORE = {"amqp.url_file"} | {
+    f"{section}.{name}"
+    for section, names in {
+        "whatsapp": "endpoint root_key ca_file",
+        "storage": "region endpoint access_key_id secret_access_key account account_key credentials_file key_file old_keys_file",
+    }.items()
+    for name in names.split()
+}
+"""Settings of the example that are right only together with others, or with a file that is there."""
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +94,7 @@ def test_the_example_explains_every_setting() -> None:
 def test_the_example_loads_as_it_is_and_its_values_are_valid() -> None:
     assert load_settings(EXAMPLE) == Settings()
     for name, (_, line) in example_blocks().items():
-        if name not in ("whatsapp.endpoint", "whatsapp.root_key", "whatsapp.ca_file", "amqp.url_file"):
+        if name not in NEEDS_MORE:
             load_settings(None, {name: next(iter(tomllib.loads(line).values()))})
 
 
@@ -255,6 +264,65 @@ def test_errors_do_not_show_secrets(monkeypatch: pytest.MonkeyPatch, url: str) -
     monkeypatch.setenv("WARREN_AMQP__URL", url)
     assert "amqp.url" in error()
     assert "s3cret" not in error()
+
+
+# --- storage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket", "s3://bucket/some/path", "gs://bucket", "az://container/path", "file:///srv/backups"]
+)
+def test_stores_by_their_urls(url: str) -> None:
+    storage = load_settings(None, {"storage.url": url}).storage
+    assert (storage.url, storage.scheme) == (url, url.split(":", maxsplit=1)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"url": "https://bucket.s3.amazonaws.com"}, "must begin with s3://"),
+        ({"url": "s3://"}, "names no bucket"),
+        ({"url": "s3://user:s3cret@bucket"}, "no user, password"),
+        ({"url": "file://srv/backups"}, "absolute directory"),
+        ({"url": "file:///"}, "absolute directory"),
+        ({"mode": "cloud"}, "needs `url`"),
+        ({"mode": "remote"}, "'local', 'hybrid' or 'cloud'"),
+        ({"url": "s3://b", "endpoint": "http://minio:9000"}, "set `allow_http = true` if that is meant"),
+        ({"url": "s3://b", "endpoint": "minio:9000"}, "storage.endpoint: "),
+        ({"url": "s3://b", "access_key_id": "a"}, "go together"),
+        ({"url": "s3://b", "secret_access_key": "s3cret"}, "go together"),
+        ({"url": "gs://b", "access_key_id": "a", "secret_access_key": "s3cret"}, "`access_key_id` is for s3://"),
+        ({"access_key_id": "a", "secret_access_key": "s3cret"}, "`url` is not set"),
+        ({"url": "az://c", "account_key": "s3cret"}, "`account_key` needs `account`"),
+        ({"url": "file:///srv/b", "endpoint": "https://minio"}, "`endpoint` is for a cloud"),
+        ({"url": "gs://b", "credentials_file": "/no/file"}, "there is no file"),
+        ({"key": "s3cret"}, "64 hexadecimal digits"),
+        ({"old_keys": [KEY, "s3cret"]}, "64 hexadecimal digits"),
+        ({"keep_last": 0}, "greater than 0"),
+        ({"concurrency": 65}, "less than or equal to 64"),
+    ],
+)
+def test_a_store_that_cannot_be_is_refused(given: dict[str, Any], told: str) -> None:
+    text = error(None, {"storage": given})
+    assert told in text
+    assert "s3cret" not in text
+
+
+def test_keys_come_from_files_and_credentials_and_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write(tmp_path / "old", f"{KEY}\n{KEY[::-1]}\n")
+    config = write(tmp_path / "c.toml", f'[storage]\nkey_file = "{write(tmp_path / "key", KEY)}"\nold_keys_file = "{old}"')
+    settings = load_settings(config)
+    assert settings.storage.key == SecretStr(KEY)
+    assert settings.storage.old_keys is not None
+    assert settings.storage.old_keys.get_secret_value().split() == [KEY, KEY[::-1]]
+    shown = {d.name: (d.value, d.source) for d in settings.describe()}
+    assert shown["storage.key"] == ("***", str(tmp_path / "key"))
+    assert shown["storage.old_keys"] == ("***", str(old))
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(write(tmp_path / "creds" / "storage.key", KEY.upper()).parent))
+    assert load_settings(config).storage.key == SecretStr(KEY.upper())
+    monkeypatch.setenv("WARREN_STORAGE__OLD_KEYS", f"{KEY} {KEY}")
+    assert load_settings().storage.old_keys == SecretStr(f"{KEY} {KEY}")
+    assert load_settings(None, {"storage.old_keys": [KEY]}).storage.old_keys == SecretStr(KEY)
 
 
 # --- describe ---------------------------------------------------------------------------------------------------------

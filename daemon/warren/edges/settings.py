@@ -51,6 +51,9 @@ ENV_PREFIX = "WARREN_"
 CONFIG_ENV = "WARREN_CONFIG"
 CONFIG_PLACES = (Path("warren.toml"), Path("/etc/warren/warren.toml"))
 HIDDEN = "***"
+NAMED_FILES = ("amqp.url", "storage.key", "storage.old_keys")
+"""Settings that may be in a file of their own, which the setting `…_file` names."""
+SCHEMES = ("s3", "gs", "az", "file")
 
 
 # --- values -------------------------------------------------------------------------------------------------------------
@@ -99,6 +102,38 @@ def _hex_key(key: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[0-9A-Fa-f]{64}", key.get_secret_value()):
         raise ValueError("it must be 64 hexadecimal digits")
     return key
+
+
+def _object_store(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        raise ValueError("it must begin with s3://, gs://, az:// or file:///")
+    if parts.username or parts.query or parts.fragment:
+        raise ValueError("it may have no user, password, query or fragment; credentials have settings of their own")
+    if parts.scheme == "file" and (parts.netloc or not parts.path.strip("/")):
+        raise ValueError("it must name an absolute directory, like file:///srv/warren-backups")
+    if parts.scheme != "file" and not parts.netloc:
+        raise ValueError(f"it names no bucket, like {parts.scheme}://my-bucket")
+    return url
+
+
+def _http_url(url: str) -> str:
+    if _split(url).scheme not in ("http", "https"):
+        raise ValueError("it must begin with https:// (or http://)")
+    return url
+
+
+def _joined(keys: Any) -> Any:
+    """Several keys may be a list, or one text with spaces or lines between them."""
+    if isinstance(keys, list) and all(isinstance(key, str) for key in keys):
+        return " ".join(keys)
+    return keys
+
+
+def _hex_keys(keys: SecretStr) -> SecretStr:
+    for key in keys.get_secret_value().split():
+        _hex_key(SecretStr(key))
+    return keys
 
 
 def _lower(value: Any) -> Any:
@@ -199,6 +234,64 @@ class DeliverySettings(_Section):
     publishes_at_once: PositiveInt = 100
 
 
+class StorageSettings(_Section):
+    """Where backups go. `url` None: a directory below the state directory, with a key made there. Credentials that are not given
+    are looked for where each cloud's users expect them. `key_file` and `old_keys_file` are where `key` and `old_keys` were read
+    from, when they were.
+    """
+
+    mode: Annotated[Literal["local", "hybrid", "cloud"], BeforeValidator(_lower)] = "hybrid"
+    url: Annotated[str, AfterValidator(_object_store)] | None = None
+    prefix: Prefix = "warren"
+    region: Annotated[str, Field(min_length=1)] | None = None
+    endpoint: Annotated[str, AfterValidator(_http_url)] | None = None
+    allow_http: bool = False
+    access_key_id: Annotated[str, Field(min_length=1)] | None = None
+    secret_access_key: SecretStr | None = None
+    account: Annotated[str, Field(min_length=1)] | None = None
+    account_key: SecretStr | None = None
+    credentials_file: Annotated[Path, AfterValidator(_absolute), AfterValidator(_readable)] | None = None
+    key: Annotated[SecretStr, AfterValidator(_hex_key)] | None = None
+    key_file: AbsolutePath | None = None
+    old_keys: Annotated[SecretStr, BeforeValidator(_joined), AfterValidator(_hex_keys)] | None = None
+    old_keys_file: AbsolutePath | None = None
+    interval_s: NonNegativeInt = 300
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    timeout_s: PositiveFloat = 30.0
+    start_wait_s: NonNegativeFloat = 15.0
+    alarm_after: PositiveInt = 3
+    keep_last: PositiveInt = 3
+    keep_days: NonNegativeInt = 31
+    forget_after_days: NonNegativeInt = 30
+
+    @property
+    def scheme(self) -> str:
+        """`s3`, `gs`, `az` or `file`."""
+        return urlsplit(self.url).scheme if self.url else "file"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StorageSettings:
+        if self.mode == "cloud" and self.url is None:
+            raise ValueError('`mode` "cloud" keeps nothing on this machine, so it needs `url`')
+        if self.endpoint and self.endpoint.lower().startswith("http:") and not self.allow_http:
+            raise ValueError("`endpoint` is http://, without encryption on the way; set `allow_http = true` if that is meant")
+        for scheme, names in {
+            "s3": ("access_key_id", "secret_access_key", "region"),
+            "az": ("account", "account_key"),
+            "gs": ("credentials_file",),
+        }.items():
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and self.scheme != scheme:
+                raise ValueError(f"`{given[0]}` is for {scheme}://, and `url` is {self.url or 'not set'}")
+        if self.endpoint and self.scheme == "file":
+            raise ValueError(f"`endpoint` is for a cloud's interface, and `url` is {self.url or 'not set'}")
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("`access_key_id` and `secret_access_key` go together; or remove both to use the environment's")
+        if self.account_key is not None and self.account is None:
+            raise ValueError("`account_key` needs `account`")
+        return self
+
+
 class ShutdownSettings(_Section):
     """Budgets of the steps of a stop, in seconds."""
 
@@ -246,6 +339,7 @@ class Settings(BaseSettings):
     fleet: FleetSettings = FleetSettings()
     reconnect: ReconnectSettings = ReconnectSettings()
     delivery: DeliverySettings = DeliverySettings()
+    storage: StorageSettings = StorageSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     log: LogSettings = LogSettings()
 
@@ -380,16 +474,22 @@ def _secrets(layers: tuple[_Layer, ...]) -> _Layer:
 
 
 def _read_named(layers: tuple[_Layer, ...], data: dict[str, Any], place: dict[str, str]) -> None:
-    naming = _layer_of("amqp.url_file", layers)
-    url = _layer_of("amqp.url", layers)
-    if naming is None or (url is not None and layers.index(url) < layers.index(naming)):
+    for name in NAMED_FILES:
+        _read_one(layers, name, data, place)
+
+
+def _read_one(layers: tuple[_Layer, ...], name: str, data: dict[str, Any], place: dict[str, str]) -> None:
+    naming = _layer_of(f"{name}_file", layers)
+    value = _layer_of(name, layers)
+    if naming is None or (value is not None and layers.index(value) < layers.index(naming)):
         return
-    if url is naming:
-        raise ConfigError(f"{naming.source('amqp.url_file')}: amqp.url and amqp.url_file are both set.", hint="Keep one of them.")
-    path = naming.data["amqp"]["url_file"]
+    if value is naming:
+        raise ConfigError(f"{naming.source(f'{name}_file')}: {name} and {name}_file are both set.", hint="Keep one of them.")
+    section, _, last = name.partition(".")
+    path = naming.data[section][f"{last}_file"]
     if isinstance(path, str | Path):  # else the models complain
-        _put(data, "amqp.url", _secret(_absolute(Path(path)), "amqp.url_file"))
-        place["amqp.url"] = str(path)
+        _put(data, name, _secret(_absolute(Path(path)), f"{name}_file"))
+        place[name] = str(path)
 
 
 def _secret(path: Path, what: str) -> str:
