@@ -12,7 +12,10 @@ class Proxy:
     """Forwards to `host:port` from a port of its own. `async with` it; change its mood at any time."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
+        self._host = host
+        self.target_port = port
+        self.accepted = 0
+        """Connections that came in so far, also those that were refused."""
         self._passing = asyncio.Event()
         self._passing.set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -48,14 +51,16 @@ class Proxy:
             with contextlib.suppress(OSError):
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
+        self._writers.clear()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         self._writers.add(writer)
         if self.refusing:
             writer.transport.abort()
             return
         try:
-            up_reader, up_writer = await asyncio.open_connection(*self._target)
+            up_reader, up_writer = await asyncio.open_connection(self._host, self.target_port)
         except OSError:
             writer.transport.abort()
             return

@@ -1,0 +1,27 @@
+"""How long the fault tests go on: the one place that reads it from the environment.
+
+Without any variables: the small edition that CI runs. `make faults` sets the numbers of the issue.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`rounds`: each has every kind of disturbance once. `outage_s`: how long RabbitMQ is away. `seed`: of order and moments."""
+
+    rounds: int
+    outage_s: float
+    seed: int
+
+
+def plan() -> Plan:
+    return Plan(
+        rounds=int(os.environ.get("ROUNDS") or 5),
+        outage_s=float(os.environ.get("OUTAGE_S") or 60),
+        seed=int(os.environ.get("SEED") or random.SystemRandom().randrange(1_000_000)),
+    )

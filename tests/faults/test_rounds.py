@@ -1,0 +1,47 @@
+"""Nothing is lost, doubled or out of order while everything is killed, round after round."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.acceptance.rig import until
+from tests.conftest import Broker
+from tests.faults.plan import plan
+from tests.faults.world import Disturbances, Recoveries, World
+
+PLAN = plan()
+SESSIONS = 20
+PERIOD_S = 1.0
+
+
+@pytest.mark.timeout(600 + 180 * PLAN.rounds)
+async def test_rounds(tmp_path: Path, own_broker: Broker, report: Callable[[str], None]) -> None:
+    chance = random.Random(PLAN.seed)
+    recoveries = Recoveries()
+    report(f"\nfaults: {PLAN.rounds} rounds, {SESSIONS} sessions, SEED={PLAN.seed}")
+    async with World(tmp_path, own_broker, "faults", sessions=SESSIONS) as world:
+        disturbances = Disturbances(world, chance)
+        traffic = world.traffic(PERIOD_S)
+        traffic.start()
+        await world.recovered(traffic)
+        for number in range(1, PLAN.rounds + 1):
+            kinds = list(disturbances.kinds.items())
+            chance.shuffle(kinds)
+            for kind, strike in kinds:
+                # A moment that nobody can foresee, counted in messages.
+                moment = world.ledger.deliveries + chance.randrange(1, SESSIONS * 4)
+                await until(lambda moment=moment: world.ledger.deliveries >= moment, "some traffic")  # type: ignore[misc]
+                with recoveries.timed(kind):
+                    await strike()
+                    await world.recovered(traffic)
+            report(f"round {number}: {sum(traffic.written.values())} messages in, {sum(traffic.asked.values())} commands")
+        await traffic.stop()
+        await world.settled(traffic)
+        counts = await world.count(traffic)
+        table = [f"{PLAN.rounds} rounds of {len(disturbances.kinds)} disturbances, {SESSIONS} sessions, SEED={PLAN.seed}"]
+        table += [*counts.lines(world.ledger), *recoveries.lines()]
+        report("\n".join(["", *table]))
+        assert counts.offenders() == {}, f"SEED={PLAN.seed}; see {world.warrend.log}"
