@@ -1,0 +1,101 @@
+"""The sealed objects of every session: `core.sealing` under the names of `core.backup_names`, over an object store."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+from warren.core.backup_names import Names, Place
+from warren.core.sealing import DataKey, Keyring, Position, Sealed, new_data_key, open_sealed, seal_end, seal_state, unwrap, wrap
+from warren.errors import SealError, StorageError
+from warren.ports import Listed, ObjectStore
+
+
+class Vault:
+    """One try each; whoever calls repeats. Everything raises StorageError, and SealError for what does not open."""
+
+    def __init__(self, objects: ObjectStore, names: Names, keyring: Keyring) -> None:
+        self._objects, self._names, self._keyring = objects, names, keyring
+        self._keys: dict[str, DataKey] = {}
+
+    # --- looking
+
+    async def listed(self, session: str) -> dict[Place, Listed]:
+        """The objects of a session, ascending, whatever they turn out to be."""
+        objects = await self._objects.list(self._names.session(session))
+        parsed = ((self._names.parse(found.name), found) for found in objects)
+        return dict(sorted((told[1], found) for told, found in parsed if told is not None and told[1] is not None))
+
+    async def sessions(self) -> dict[str, list[Place]]:
+        """Every session that has objects, with their places, ascending."""
+        found: dict[str, list[Place]] = {}
+        for listed in await self._objects.list(self._names.prefix):
+            told = self._names.parse(listed.name)
+            if told is not None and told[1] is not None:
+                found.setdefault(told[0], []).append(told[1])
+        return {session: sorted(places) for session, places in sorted(found.items())}
+
+    async def read(self, session: str, place: Place, size: int | None = None) -> Sealed | None:
+        """Open an object; None: it is not there. `size` is what the listing said: less is a read that was cut, not damage."""
+        key = await self.key(session)
+        found = await self._objects.get(self._names.backup(session, place))
+        if found is None:
+            return None
+        if size is not None and len(found.data) != size:
+            raise StorageError(f"Of the {size} bytes of {session} {place} came {len(found.data)}.", kind="unavailable")
+        return await asyncio.to_thread(open_sealed, key, Position(session, place), found.data)
+
+    async def digest(self, session: str, place: Place) -> str | None:
+        """SHA-256 of an object as it lies in the store; None: it is not there."""
+        found = await self._objects.get(self._names.backup(session, place))
+        return None if found is None else sha256(found.data)
+
+    async def key(self, session: str, *, make: bool = False) -> DataKey:
+        """The session's data key. Raises SealError when there is none (its backups are shredded then), unless it may be made."""
+        if session not in self._keys:
+            self._keys[session] = await self._key(session, make=make)
+        return self._keys[session]
+
+    async def _key(self, session: str, *, make: bool) -> DataKey:
+        name = self._names.key(session)
+        found = await self._objects.get(name)
+        if found is not None:
+            return unwrap(self._keyring, session, found.data)
+        if not make:
+            raise SealError(
+                f"The key of session {session} is not in the store: its backups cannot be read by anybody.",
+                hint="It goes first when a session is logged out. What is left of its backups can be deleted.",
+            )
+        key = new_data_key()
+        if await self._objects.create(name, wrap(self._keyring, session, key)):
+            return key
+        raise StorageError(f"The key of session {session} was made by somebody else at this moment.", kind="unavailable")
+
+    # --- putting
+
+    async def seal_state(self, session: str, place: Place, record: bytes, database: bytes) -> bytes:
+        key = await self.key(session, make=True)
+        return await asyncio.to_thread(seal_state, key, Position(session, place), record, database)
+
+    async def seal_end(self, session: str, place: Place, record: bytes) -> bytes:
+        return seal_end(await self.key(session), Position(session, place), record)
+
+    async def create(self, session: str, place: Place, sealed: bytes) -> bool:
+        """False: the place is taken."""
+        return await self._objects.create(self._names.backup(session, place), sealed)
+
+    # --- deleting
+
+    async def delete(self, session: str, place: Place) -> None:
+        await self._objects.delete(self._names.backup(session, place))
+
+    async def forget(self, session: str) -> None:
+        """Delete everything of a session; the key first, which makes the rest unreadable at once."""
+        self._keys.pop(session, None)
+        await self._objects.delete(self._names.key(session))
+        for listed in await self._objects.list(self._names.session(session)):
+            await self._objects.delete(listed.name)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
