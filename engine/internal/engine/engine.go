@@ -34,6 +34,8 @@ const (
 
 const (
 	parallelDownloads = 2
+	parallelSnapshots = 4
+	snapshotsBound    = 5 * time.Second // for those that are cut short at the end
 	stopBound         = 20 * time.Second
 	flushBound        = 2 * time.Second
 )
@@ -65,6 +67,9 @@ type Engine struct {
 	refuse context.CancelFunc
 	exit   chan int // the first status wins
 
+	copying   *semaphore.Weighted
+	snapshots sync.WaitGroup
+
 	mu       sync.Mutex
 	sessions map[string]*entry
 	stopping bool
@@ -80,7 +85,7 @@ type hello struct {
 
 // Run serves until the daemon is gone or the engine is told to stop, and returns the exit status.
 func Run(options Options) int {
-	e := &Engine{Options: options, exit: make(chan int, 1), sessions: map[string]*entry{}}
+	e := &Engine{Options: options, exit: make(chan int, 1), sessions: map[string]*entry{}, copying: semaphore.NewWeighted(parallelSnapshots)}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	defer e.cancel()
 	e.opens, e.refuse = context.WithCancel(e.ctx)
@@ -122,6 +127,8 @@ func (e *Engine) wait() int {
 	}
 	// Without a daemon there is nobody left to answer.
 	e.closeAll(0)
+	e.cancel()
+	e.waitSnapshots()
 	e.out.Close(flushBound)
 	return status
 }
@@ -175,6 +182,8 @@ func (e *Engine) request(r *frames.Request) {
 		e.closeSession(r)
 	case "logout":
 		e.logout(r)
+	case "snapshot":
+		e.snapshot(r)
 	case "ping":
 		e.reply(r, e.measure(), nil)
 	case "stop":

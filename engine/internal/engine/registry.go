@@ -3,7 +3,6 @@
 package engine
 
 import (
-	"errors"
 	"path/filepath"
 	"regexp"
 	"runtime/debug"
@@ -11,7 +10,6 @@ import (
 	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
 	"warren/engine/internal/session"
-	"warren/engine/internal/state"
 )
 
 // entry is one generation of one session, from the open request until everything of it is closed.
@@ -129,15 +127,7 @@ func (e *Engine) openSession(options *session.Options) (s *session.Session, fail
 		return s, nil
 	}
 	e.Log.Warn("a session does not open", logs.KeySession, options.Session, logs.KeyError, err)
-	code := frames.CodeInternal
-	for known, its := range map[error]string{
-		state.ErrMissing: frames.CodeStateMissing, state.ErrUnreadable: frames.CodeStateUnreadable, state.ErrLocked: frames.CodeStateLocked,
-	} {
-		if errors.Is(err, known) {
-			code = its
-		}
-	}
-	return nil, frames.Errorf(code, "%v", err)
+	return nil, frames.Errorf(stateCode(err), "%v", err)
 }
 
 // remove takes the generation out of the registry; a later one may be in its place already.

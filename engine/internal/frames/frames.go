@@ -33,6 +33,7 @@ const (
 	CodeInvalidRecipient     = "invalid_recipient"
 	CodeNotConnected         = "not_connected"
 	CodeNotOpen              = "not_open"
+	CodePathExists           = "path_exists"
 	CodeRateLimited          = "rate_limited"
 	CodeRecipientNotFound    = "recipient_not_found"
 	CodeRecipientUnreachable = "recipient_unreachable"
@@ -60,7 +61,7 @@ type Request struct {
 	Proxy       string `json:"proxy"` // may hold a password: never logged
 
 	MessageID string `json:"message_id"`
-	To        string `json:"to"`
+	To        string `json:"to"` // of a message; of a snapshot the path
 	Text      string `json:"text"`
 	TimeoutMS int64  `json:"timeout_ms"`
 }

@@ -59,7 +59,8 @@ func (s *Session) post(signal any) {
 
 // loop sends the lifecycle events until the session ends.
 func (s *Session) loop() {
-	qr, limit := stoppedTimer(), stoppedTimer()
+	qr, limit, change := stoppedTimer(), stoppedTimer(), stoppedTimer()
+	defer change.Stop()
 	checkpoint := time.NewTicker(checkpointEvery)
 	defer checkpoint.Stop()
 	for {
@@ -70,6 +71,10 @@ func (s *Session) loop() {
 			s.showQR(qr)
 		case <-limit.C:
 			s.finish(s.overdue())
+		case <-s.store.Changed():
+			s.scheduleNews(change)
+		case <-change.C:
+			s.tellNews(change)
 		case <-checkpoint.C:
 			s.checkpoint(walLimit)
 		case <-s.ending:

@@ -57,6 +57,9 @@ type Timing struct {
 	ServerGrace time.Duration // from a 5xx refusal to the end of the connection
 	DefaultSend time.Duration
 	MaximumSend time.Duration
+
+	ChangedIdentity time.Duration // between two "changed" events of these kinds
+	ChangedOther    time.Duration
 }
 
 // DefaultTiming is what the protocol says.
@@ -64,6 +67,7 @@ func DefaultTiming() Timing {
 	return Timing{
 		Answer: 240 * time.Second, QRFirst: 60 * time.Second, QRNext: 20 * time.Second, PairRestart: 10 * time.Second,
 		ServerGrace: 2 * time.Second, DefaultSend: 60 * time.Second, MaximumSend: 300 * time.Second,
+		ChangedIdentity: 500 * time.Millisecond, ChangedOther: 5 * time.Second,
 	}
 }
 
@@ -134,6 +138,7 @@ type Session struct {
 	// Of the loop.
 	pairing        pairing
 	historyStarted bool
+	news           news // of the teardown, too, once the loop has ended
 }
 
 // Open opens the session's directory. Nothing is connected before Run.
@@ -317,6 +322,7 @@ func (s *Session) teardown(end *ending) {
 	if err := s.store.Close(); err != nil {
 		s.log.Warn("closing the database", logs.KeyError, err)
 	}
+	s.emitChange(s.base, s.store.LastChange())
 	s.log.Info("session closed", "event", end.event)
 }
 

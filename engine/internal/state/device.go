@@ -19,6 +19,7 @@ type container struct {
 	db      *dbutil.Database
 	onError func(error)
 	gate    chan struct{}
+	stale   *staleSessions
 }
 
 func (c *container) PutDevice(ctx context.Context, device *store.Device) error {
@@ -32,8 +33,9 @@ func (c *container) PutDevice(ctx context.Context, device *store.Device) error {
 
 func (c *container) wrap(device *store.Device) {
 	device.Container = c
+	device.Identities = &thriftyIdentities{IdentityStore: device.Identities, db: c.db, own: device}
 	device.PreKeys = &batchedPreKeys{PreKeyStore: device.PreKeys, db: c.db}
-	device.Sessions = &guardedSessions{SessionStore: device.Sessions, db: c.db, read: map[string][sha256.Size]byte{}}
+	device.Sessions = &guardedSessions{SessionStore: device.Sessions, db: c.db, stale: c.stale, read: map[string][sha256.Size]byte{}}
 	device.EventBuffer = &guardedBuffer{EventBuffer: device.EventBuffer, onError: c.onError, gate: c.gate}
 }
 

@@ -20,13 +20,14 @@ import (
 type peer struct {
 	t      *testing.T
 	device *store.Device
+	store  *Store
 	other  *protocol.SignalAddress
 }
 
 func newPeer(t *testing.T, other string) *peer {
 	s, _ := paired(t)
 	t.Cleanup(func() { mustClose(t, s) })
-	return &peer{t: t, device: s.Device, other: protocol.NewSignalAddress(other, 0)}
+	return &peer{t: t, device: s.Device, store: s, other: protocol.NewSignalAddress(other, 0)}
 }
 
 func (p *peer) builder() *session.Builder {

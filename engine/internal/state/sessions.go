@@ -10,6 +10,7 @@ import (
 
 	"go.mau.fi/util/dbutil"
 	"go.mau.fi/whatsmeow/store"
+	"go.mau.fi/whatsmeow/types"
 )
 
 // ErrSessionChanged means that a Signal session changed while a message was encrypted with it. Nothing has been written or sent: encrypt again.
@@ -23,7 +24,8 @@ type decrypting struct{}
 // whole session of a first contact. Here a session is only written back when it is still the one that was read.
 type guardedSessions struct {
 	store.SessionStore
-	db *dbutil.Database
+	db    *dbutil.Database
+	stale *staleSessions
 
 	mu   sync.Mutex
 	read map[string][sha256.Size]byte // what was last read outside of a decryption, by address
@@ -33,8 +35,25 @@ func (g *guardedSessions) GetSession(ctx context.Context, address string) ([]byt
 	session, err := g.SessionStore.GetSession(ctx, address)
 	if err == nil && ctx.Value(decrypting{}) == nil {
 		g.note(address, session)
+		if g.stale.has(address) {
+			return nil, nil
+		}
 	}
 	return session, err
+}
+
+func (g *guardedSessions) HasSession(ctx context.Context, address string) (bool, error) {
+	if ctx.Value(decrypting{}) == nil && g.stale.has(address) {
+		return false, nil
+	}
+	return g.SessionStore.HasSession(ctx, address)
+}
+
+func (g *guardedSessions) MigratePNToLID(ctx context.Context, pn, lid types.JID) error {
+	if err := g.SessionStore.MigratePNToLID(ctx, pn, lid); err != nil {
+		return err
+	}
+	return g.stale.migrate(ctx, pn, lid)
 }
 
 func (g *guardedSessions) GetManySessions(ctx context.Context, addresses []string) (map[string][]byte, error) {
@@ -42,6 +61,9 @@ func (g *guardedSessions) GetManySessions(ctx context.Context, addresses []strin
 	if err == nil && ctx.Value(decrypting{}) == nil {
 		for address, session := range sessions {
 			g.note(address, session)
+			if g.stale.has(address) {
+				sessions[address] = nil
+			}
 		}
 	}
 	return sessions, err
@@ -67,22 +89,47 @@ func (g *guardedSessions) PutManySessions(ctx context.Context, sessions map[stri
 	if ctx.Value(decrypting{}) != nil {
 		return g.SessionStore.PutManySessions(ctx, sessions)
 	}
-	return g.db.DoTxn(ctx, nil, func(ctx context.Context) error {
-		addresses := make([]string, 0, len(sessions))
-		for address := range sessions {
-			addresses = append(addresses, address)
-		}
-		current, err := g.SessionStore.GetManySessions(ctx, addresses)
-		if err != nil {
-			return err
-		}
-		for _, address := range addresses {
-			if !g.unchanged(address, current[address]) {
-				return ErrSessionChanged
-			}
-		}
-		return g.SessionStore.PutManySessions(ctx, sessions)
+	var renewed []string
+	err := g.db.DoTxn(ctx, nil, func(ctx context.Context) (err error) {
+		renewed, err = g.putEncrypted(ctx, sessions)
+		return err
 	})
+	if err == nil {
+		for _, address := range renewed {
+			g.stale.renewed(address)
+		}
+	}
+	return err
+}
+
+// putEncrypted stores sessions that have encrypted a message, in a transaction. It tells which of them replace stale ones.
+func (g *guardedSessions) putEncrypted(ctx context.Context, sessions map[string][]byte) (renewed []string, err error) {
+	addresses := make([]string, 0, len(sessions))
+	for address := range sessions {
+		addresses = append(addresses, address)
+	}
+	current, err := g.SessionStore.GetManySessions(ctx, addresses)
+	if err != nil {
+		return nil, err
+	}
+	write := make(map[string][]byte, len(sessions))
+	for _, address := range addresses {
+		if !g.unchanged(address, current[address]) {
+			return nil, ErrSessionChanged
+		}
+		write[address] = sessions[address]
+		if !g.stale.has(address) {
+			continue
+		}
+		renewed = append(renewed, address)
+		if old := current[address]; old != nil {
+			write[address] = archive(old, sessions[address])
+		}
+		if err := g.stale.renew(ctx, address); err != nil {
+			return nil, err
+		}
+	}
+	return renewed, g.SessionStore.PutManySessions(ctx, write)
 }
 
 func (g *guardedSessions) DeleteSession(ctx context.Context, address string) error {

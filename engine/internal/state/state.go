@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net/url"
 	"os"
 	"path/filepath"
 	"sync"
@@ -49,10 +48,15 @@ var (
 type Store struct {
 	Device *store.Device
 
-	path string
-	lock *os.File
-	raw  *sql.DB
-	gate chan struct{}
+	path    string
+	lock    *os.File
+	raw     *sql.DB
+	gate    chan struct{}
+	changes *changes
+	last    Change // what was pending when it was closed
+
+	life   sync.RWMutex // held for reading by snapshots
+	closed bool
 }
 
 // Options of Open.
@@ -70,7 +74,7 @@ func Open(ctx context.Context, dir string, options Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{path: filepath.Join(dir, fileName), lock: lock, gate: make(chan struct{}, 1)}
+	s := &Store{path: filepath.Join(dir, fileName), lock: lock, gate: make(chan struct{}, 1), changes: newChanges()}
 	if err := s.open(ctx, dir, options); err != nil {
 		if s.raw != nil {
 			_ = s.raw.Close()
@@ -85,10 +89,7 @@ func (s *Store) open(ctx context.Context, dir string, options Options) error {
 	if err := s.ensureFile(ctx, dir, options.Create); err != nil {
 		return err
 	}
-	raw, err := openDatabase(s.path, "rw")
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnreadable, err)
-	}
+	raw := openDatabase(s.path, "rw", s.changes.hook)
 	s.raw = raw
 	if err := check(ctx, raw); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnreadable, err)
@@ -98,6 +99,10 @@ func (s *Store) open(ctx context.Context, dir string, options Options) error {
 		return fmt.Errorf("%w: %w", ErrUnreadable, err)
 	}
 	s.Device = device
+	s.changes.device, s.changes.paired, err = deviceDigest(ctx, raw)
+	if err != nil {
+		return fmt.Errorf("%w: device row: %w", ErrUnreadable, err)
+	}
 	return nil
 }
 
@@ -176,10 +181,7 @@ func createFile(ctx context.Context, dir string) error {
 }
 
 func writeSchema(ctx context.Context, path string) error {
-	raw, err := openDatabase(path, "rwc")
-	if err != nil {
-		return err
-	}
+	raw := openDatabase(path, "rwc", nil)
 	container, _, err := newContainer(raw, waLog.Noop)
 	if err == nil {
 		err = container.Upgrade(ctx)
@@ -200,17 +202,6 @@ func syncDirectory(dir string) error {
 		return fmt.Errorf("sync directory: %w", err)
 	}
 	return nil
-}
-
-func openDatabase(path, mode string) (*sql.DB, error) {
-	raw, err := sql.Open(driverName, "file:"+(&url.URL{Path: path}).EscapedPath()+"?mode="+mode+"&"+driverOptions)
-	if err != nil {
-		return nil, err
-	}
-	// One connection: whatsmeow never waits for itself, and SQLITE_BUSY can only come from outside.
-	raw.SetMaxOpenConns(1)
-	raw.SetConnMaxLifetime(0)
-	return raw, nil
 }
 
 // check reads the whole file. It costs a millisecond for a young session, some tens for a large one.
@@ -256,17 +247,23 @@ func loadDevice(ctx context.Context, raw *sql.DB, gate chan struct{}, options Op
 		return nil, fmt.Errorf("device row: %w", err)
 	}
 	guarded := &container{DeviceContainer: inner, db: wrapped, onError: options.OnDatabaseError, gate: gate}
+	device := inner.NewDevice()
 	switch len(devices) {
 	case 0:
-		device := inner.NewDevice()
-		device.Container = guarded
-		return device, nil
 	case 1:
-		guarded.wrap(devices[0])
-		return devices[0], nil
+		device = devices[0]
 	default:
 		return nil, fmt.Errorf("it holds %d devices instead of one", len(devices))
 	}
+	if guarded.stale, err = loadStale(ctx, raw, wrapped, device); err != nil {
+		return nil, err
+	}
+	if len(devices) == 0 {
+		device.Container = guarded // which wraps it once it is paired
+		return device, nil
+	}
+	guarded.wrap(device)
+	return device, nil
 }
 
 // PauseDecryption keeps received messages from changing Signal sessions until resume is called, so that encrypting cannot fail with ErrSessionChanged
@@ -319,13 +316,17 @@ func truncateWAL(ctx context.Context, raw *sql.DB) error {
 	return nil
 }
 
-// Close checkpoints, closes the database and releases the lock. Statements that still run get a short while to end.
+// Close waits for snapshots, checkpoints, closes the database and releases the lock. Statements that still run get a short while to end.
 func (s *Store) Close() error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.closed = true
 	for deadline := time.Now().Add(quiesce); s.raw.Stats().InUse > 0 && time.Now().Before(deadline); {
 		time.Sleep(5 * time.Millisecond)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), quiesce)
 	defer cancel()
+	s.last = s.takeLast(ctx)
 	checkpoint := s.Checkpoint(ctx, 0)
 	return errors.Join(checkpoint, s.raw.Close(), s.lock.Close())
 }

@@ -159,14 +159,11 @@ func write(t *testing.T, dir, name string, content []byte) {
 
 func execute(t *testing.T, dir, statement string) {
 	t.Helper()
-	raw, err := openDatabase(filepath.Join(dir, "state.db"), "rw")
-	if err != nil {
+	raw := openDatabase(filepath.Join(dir, "state.db"), "rw", nil)
+	if _, err := raw.Exec(statement); err != nil {
 		t.Fatal(err)
 	}
-	if _, err = raw.Exec(statement); err != nil {
-		t.Fatal(err)
-	}
-	if err = raw.Close(); err != nil {
+	if err := raw.Close(); err != nil {
 		t.Fatal(err)
 	}
 }
