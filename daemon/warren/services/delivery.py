@@ -191,6 +191,11 @@ class Delivery:
     def empty(self) -> bool:
         return not self._waiting and not self._committing and all(lane.idle for lane in self._lanes.values())
 
+    @property
+    def outbox_bytes(self) -> int:
+        """Size of the events on disk that are not confirmed."""
+        return self._bytes
+
     def backlog(self, session: str) -> int:
         """Rows of a session that are not confirmed, those from before the last start not counted."""
         lane = self._lanes.get(session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,10 @@ class Fleet:
         if (removal := self._removals.get(session)) is not None:
             await asyncio.wait({removal}, timeout=timeout_s)
         return not self.removing(session)
+
+    def states(self) -> Counter[str]:
+        """How many sessions are in each state."""
+        return Counter(session.state.value for session in self._sessions.values())
 
     def statuses(self) -> list[dict[str, Any]]:
         """Every session's status, by id."""
