@@ -19,7 +19,7 @@ from warren.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 KEY = "a1" * 32
-NEEDS_MORE = {"amqp.url_file"} | {
+NEEDS_MORE = {"amqp.url_file", "http.token_file"} | {
     f"{section}.{name}"
     for section, names in {
         "whatsapp": "endpoint root_key ca_file",
@@ -344,6 +344,35 @@ def test_describe_tells_every_setting_with_its_source_and_no_secret(tmp_path: Pa
     assert found["log.format"] == ("auto", "default")
     assert found["engine.path"] == (None, "default")
     assert "s3cret" not in repr(described)
+
+
+# --- http -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_beyond_this_machine_needs_a_token() -> None:
+    assert load_settings().http.port is None
+    for address in ("127.0.0.1", "::1", "localhost"):
+        load_settings(None, {"http.port": 9464, "http.address": address})
+    for address in ("0.0.0.0", "::", "192.0.2.1"):
+        assert "set `token` too" in error(None, {"http.port": 9464, "http.address": address})
+        load_settings(None, {"http.port": 9464, "http.address": address, "http.token": KEY})
+    assert "http.address" in error(None, {"http.address": "example.org"})
+
+
+def test_a_weak_token_is_refused_and_not_shown() -> None:
+    for weak in ("short", "with a blank in it, long enough"):
+        said = error(None, {"http.token": weak})
+        assert "16 characters" in said
+        assert weak not in said
+
+
+def test_the_token_comes_from_a_file_or_a_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "token", "from-a-file-of-its-own\n")
+    assert load_settings(None, {"http.token_file": str(file)}).http.token == SecretStr("from-a-file-of-its-own")
+    assert "both set" in error(None, {"http.token": KEY, "http.token_file": str(file)})
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "c"))
+    write(tmp_path / "c" / "http.token", "from-a-credential-of-systemd")
+    assert load_settings().http.token == SecretStr("from-a-credential-of-systemd")
 
 
 # --- find_engine_binary -----------------------------------------------------------------------------------------------

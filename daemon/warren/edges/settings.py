@@ -51,7 +51,7 @@ ENV_PREFIX = "WARREN_"
 CONFIG_ENV = "WARREN_CONFIG"
 CONFIG_PLACES = (Path("warren.toml"), Path("/etc/warren/warren.toml"))
 HIDDEN = "***"
-NAMED_FILES = ("amqp.url", "storage.key", "storage.old_keys")
+NAMED_FILES = ("amqp.url", "storage.key", "storage.old_keys", "http.token")
 """Settings that may be in a file of their own, which the setting `…_file` names."""
 SCHEMES = ("s3", "gs", "az", "file")
 
@@ -96,6 +96,18 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _token(token: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"[!-~]{16,1024}", token.get_secret_value()):
+        raise ValueError("it must be 16 characters or more, without blanks, like `openssl rand -hex 32` makes")
+    return token
+
+
+def _address(address: str) -> str:
+    if address != "localhost":
+        ipaddress.ip_address(address)
+    return address
 
 
 def _hex_key(key: SecretStr) -> SecretStr:
@@ -309,6 +321,21 @@ class LogSettings(_Section):
     redact: bool = True
 
 
+class HttpSettings(_Section):
+    """`port` None: no HTTP server. `token_file` is where `token` was read from, when it was."""
+
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    address: Annotated[str, AfterValidator(_address)] = "127.0.0.1"
+    token: Annotated[SecretStr, AfterValidator(_token)] | None = None
+    token_file: AbsolutePath | None = None
+
+    @model_validator(mode="after")
+    def _guarded(self) -> HttpSettings:
+        if self.port is not None and self.token is None and not _is_loopback(self.address):
+            raise ValueError(f"on {self.address} anybody could log sessions out; set `token` too, or keep to 127.0.0.1")
+        return self
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
     """One setting as it is in force, fit to be shown."""
@@ -342,6 +369,7 @@ class Settings(BaseSettings):
     storage: StorageSettings = StorageSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     log: LogSettings = LogSettings()
+    http: HttpSettings = HttpSettings()
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 
