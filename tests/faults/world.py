@@ -85,7 +85,6 @@ class World:
                 "WARREN_RECONNECT__BASE_S": "0.5",
                 "WARREN_RECONNECT__CAP_S": "5",
                 "WARREN_AMQP__CONNECT_TIMEOUT_S": "2",
-                "WARREN_PACING__MESSAGES_PER_MINUTE": "0",
                 "WARREN_ENGINE__SESSIONS_PER_PROCESS": str(max(1, len(self.numbers) // 2)),
                 "WARREN_INSTANCE": "faults",
                 "WARREN_LOG__FORMAT": "json",
@@ -129,6 +128,7 @@ class World:
         return {}
 
     async def answers(self) -> bool:
+        assert self.warrend.running, f"warrend has ended; see {self.warrend.log}"
         with contextlib.suppress(NoAnswer, *TROUBLE):
             async with Client(self.url, self.prefix, name="faults-list") as client:
                 await client.list_sessions(timeout_s=1.0)

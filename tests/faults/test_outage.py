@@ -1,0 +1,73 @@
+"""RabbitMQ away for a long time, while people go on writing."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.acceptance.rig import until
+from tests.conftest import Broker
+from tests.faults.plan import plan
+from tests.faults.world import World
+
+PLAN = plan()
+SESSIONS = 20
+PERIOD_S = 0.5
+SAMPLES = 20
+
+
+@pytest.mark.timeout(600 + 2 * PLAN.outage_s)
+async def test_outage(tmp_path: Path, own_broker: Broker, report: Callable[[str], None]) -> None:
+    """0 lost, in order, and memory stays flat: what waits is on disk."""
+    report(f"\noutage of RabbitMQ: {PLAN.outage_s:g} s, {SESSIONS} sessions")
+    async with World(tmp_path, own_broker, "outage", sessions=SESSIONS) as world:
+        traffic = world.traffic(PERIOD_S)
+        traffic.start(commands=False)
+        await until(lambda: world.ledger.types["message"] >= SESSIONS * 10, "some traffic")
+        own_broker.kill()
+        before = world.ledger.types["message"]
+        memory = await sampled(world, PLAN.outage_s)
+        await world.broker_back()
+        began = time.monotonic()
+        behind = sum(traffic.written.values())
+        await until(lambda: world.ledger.types["message"] >= behind, "the daemon to catch up", 300)
+        took = time.monotonic() - began
+        await traffic.stop()
+        await world.settled(traffic)
+        counts = await world.count(traffic)
+        kept = behind - before
+        rise = growth(memory)
+        lines = [
+            f"RabbitMQ away for {PLAN.outage_s:g} s, {SESSIONS} sessions",
+            *counts.lines(world.ledger),
+            f"{'messages that waited on disk':58} {kept:>9}",
+            f"{'until all of them were at the subscriber':58} {took:>9.1f} s, {kept / took:.0f} a second",
+            f"{'memory of daemon and engines, in the course of it':58} {memory[0]:>9.1f} MB, {memory[-1]:.1f} MB at the end",
+        ]
+        report("\n".join(["", *lines]))
+        assert counts.offenders() == {}, f"see {world.warrend.log}"
+        assert rise < allowed_growth_mb(memory), memory
+
+
+async def sampled(world: World, seconds: float) -> list[float]:
+    """Resident megabytes, in even steps over a time that passes meanwhile."""
+    samples = []
+    for _ in range(SAMPLES):
+        await asyncio.sleep(seconds / SAMPLES)
+        samples.append(world.rss_mb())
+    return samples
+
+
+def growth(samples: list[float]) -> float:
+    """From the second quarter, when caches and pools are warm, to the last."""
+    quarter = len(samples) // 4
+    return statistics.mean(samples[-quarter:]) - statistics.mean(samples[quarter : 2 * quarter])
+
+
+def allowed_growth_mb(samples: list[float]) -> float:
+    """A quarter: what waits for ten minutes would be far more if it were kept in memory with all that belongs to it."""
+    return max(30.0, 0.25 * samples[0])
