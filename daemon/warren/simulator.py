@@ -173,6 +173,10 @@ class Simulator:
         """Send a frame on which whatsmeow panics."""
         await self.request("POST", f"{_scope(number, device)}/malformed")
 
+    async def timelock(self, number: str, *, active: bool, seconds: float = 0, kind: str = "") -> None:
+        """Tells the linked devices that the account is restricted for so long (0: no end is told), or no longer."""
+        await self.request("POST", f"/phones/{number}/timelock", {"active": active, "seconds": seconds, "type": kind})
+
     async def add_fault(self, kind: str, number: str | None = None, **more: Any) -> int:
         """Put a fault in force for an account (None: for all); `more` as in docs/simulator.md. Returns its number."""
         body = {"kind": kind, **more} if number is None else {"kind": kind, "phone": number, **more}

@@ -182,6 +182,8 @@ func (e *Engine) request(r *frames.Request) {
 		e.closeSession(r)
 	case "logout":
 		e.logout(r)
+	case "probe":
+		e.probe(r)
 	case "snapshot":
 		e.snapshot(r)
 	case "ping":

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime/debug"
+	"time"
 
 	"warren/engine/internal/frames"
 	"warren/engine/internal/logs"
@@ -170,6 +171,16 @@ func (e *Engine) send(r *frames.Request) {
 		return
 	}
 	current.session.Send(r, func(result any, err *frames.Error) { e.reply(r, result, err) })
+}
+
+func (e *Engine) probe(r *frames.Request) {
+	current := e.find(r.Session, r.Generation)
+	if current == nil || current.session.Ending() {
+		e.reply(r, nil, notOpen(r))
+		return
+	}
+	timeout := time.Duration(min(max(r.TimeoutMS, 0), 1<<31)) * time.Millisecond
+	current.session.Probe(timeout, func(result any, err *frames.Error) { e.reply(r, result, err) })
 }
 
 // depart marks the generation as leaving; nil when it is not open or leaves already. So at most one goroutine waits for its end.

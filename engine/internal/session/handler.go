@@ -31,7 +31,8 @@ func (s *Session) handle(evt any) (ok bool) {
 		return s.onReceipt(evt)
 	case *events.UndecryptableMessage:
 		return s.ask("undecryptable", "", convertUndecryptable(evt, s.alt))
-	case *events.QR, *events.PairSuccess, *events.KeepAliveTimeout, *events.KeepAliveRestored, *events.PushNameSetting:
+	case *events.QR, *events.PairSuccess, *events.KeepAliveTimeout, *events.KeepAliveRestored, *events.PushNameSetting,
+		*events.NotifyAccountReachoutTimelock:
 		s.post(evt)
 	case *events.Connected:
 		s.online.Store(true)

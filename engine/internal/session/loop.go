@@ -30,8 +30,15 @@ type connectedData struct {
 }
 
 type keepaliveData struct {
-	Failures    int    `json:"failures"`
-	LastSuccess string `json:"last_success"`
+	Failures     int     `json:"failures"`
+	LastSuccess  string  `json:"last_success"`
+	LastFrameAge float64 `json:"last_frame_age_s"`
+}
+
+type timelockData struct {
+	Active bool   `json:"active"`
+	Until  string `json:"until,omitempty"`
+	Type   string `json:"type"`
 }
 
 // refusal is a 5xx code that whatsmeow keeps to itself.
@@ -48,6 +55,14 @@ type pairing struct {
 	announce bool      // the paired event has been sent
 }
 
+func timelock(evt *events.NotifyAccountReachoutTimelock) timelockData {
+	data := timelockData{Active: evt.IsActive, Type: evt.EnforcementType}
+	if !evt.TimeEnforcementEnds.IsZero() {
+		data.Until = rfc3339(evt.TimeEnforcementEnds.Time)
+	}
+	return data
+}
+
 // post hands something to the loop. The queue has room for everything that happens once; what repeats is dropped when the daemon does not read.
 func (s *Session) post(signal any) {
 	select {
@@ -61,6 +76,8 @@ func (s *Session) post(signal any) {
 func (s *Session) loop() {
 	qr, limit, change := stoppedTimer(), stoppedTimer(), stoppedTimer()
 	defer change.Stop()
+	silence := time.NewTicker(s.cfg.Timing.Silence / silenceChecks)
+	defer silence.Stop()
 	checkpoint := time.NewTicker(checkpointEvery)
 	defer checkpoint.Stop()
 	for {
@@ -75,6 +92,8 @@ func (s *Session) loop() {
 			s.scheduleNews(change)
 		case <-change.C:
 			s.tellNews(change)
+		case <-silence.C:
+			s.checkSilence()
 		case <-checkpoint.C:
 			s.checkpoint(walLimit)
 		case <-s.ending:
@@ -113,9 +132,11 @@ func (s *Session) serve(signal any, qr, limit *time.Timer) {
 	case *events.PushNameSetting:
 		s.tellPresence()
 	case *events.KeepAliveTimeout:
-		s.emit(s.ctx, "keepalive", keepaliveData{Failures: signal.ErrorCount, LastSuccess: rfc3339(signal.LastSuccess)})
+		s.pinged(signal.ErrorCount, signal.LastSuccess)
 	case *events.KeepAliveRestored:
-		s.emit(s.ctx, "keepalive", keepaliveData{LastSuccess: rfc3339(time.Now())})
+		s.pinged(0, time.Now())
+	case *events.NotifyAccountReachoutTimelock:
+		s.emit(s.ctx, "timelock", timelock(signal))
 	case refusal:
 		limit.Reset(s.cfg.Timing.ServerGrace)
 	case historyQueued:

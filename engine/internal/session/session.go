@@ -60,6 +60,8 @@ type Timing struct {
 
 	ChangedIdentity time.Duration // between two "changed" events of these kinds
 	ChangedOther    time.Duration
+
+	Silence time.Duration // without a frame, after which the connection is reported
 }
 
 // DefaultTiming is what the protocol says.
@@ -68,6 +70,7 @@ func DefaultTiming() Timing {
 		Answer: 240 * time.Second, QRFirst: 60 * time.Second, QRNext: 20 * time.Second, PairRestart: 10 * time.Second,
 		ServerGrace: 2 * time.Second, DefaultSend: 60 * time.Second, MaximumSend: 300 * time.Second,
 		ChangedIdentity: 500 * time.Millisecond, ChangedOther: 5 * time.Second,
+		Silence: silenceLimit,
 	}
 }
 
@@ -139,6 +142,10 @@ type Session struct {
 	pairing        pairing
 	historyStarted bool
 	news           news // of the teardown, too, once the loop has ended
+	pulse          pulse
+
+	probing sync.Mutex
+	probe   *ping // under way
 }
 
 // Open opens the session's directory. Nothing is connected before Run.

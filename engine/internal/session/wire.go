@@ -19,6 +19,7 @@ type wire struct {
 	// serverCode is the code of a refusal after which whatsmeow only reports a lost connection.
 	serverCode atomic.Int32
 	onRefusal  func(code int)
+	lastFrame  atomic.Int64 // when something came, in nanoseconds of the process's clock; 0: never
 
 	mu        sync.Mutex
 	watchedID string
@@ -29,7 +30,16 @@ type wire struct {
 	since     time.Time // when the last event was accepted
 }
 
+// processStart is what lastFrame counts from, so that a step of the wall clock is no silence.
+var processStart = time.Now()
+
+// age is how long ago the last frame came.
+func (w *wire) age() time.Duration {
+	return time.Since(processStart) - time.Duration(w.lastFrame.Load())
+}
+
 func (w *wire) Received(node *waBinary.Node) {
+	w.lastFrame.Store(int64(time.Since(processStart)))
 	code := 0
 	switch node.Tag {
 	case "failure":

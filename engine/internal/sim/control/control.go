@@ -81,6 +81,7 @@ func New(srv *server.Server, source random.Source, log *slog.Logger) *API {
 		a.handle(scope+"failure", a.failure)
 		a.handle(scope+"malformed", a.malformed)
 	}
+	a.handle("POST /phones/{number}/timelock", a.timelock)
 	a.handle("POST /faults", a.addFault)
 	a.handle("GET /faults", a.listFaults)
 	a.handle("DELETE /faults", a.liftFaults)

@@ -13,6 +13,7 @@ const (
 	// maxFaultDelay is under the time whatsmeow waits for an answer: what is later is a freeze.
 	maxFaultDelay = 70 * time.Second
 	maxFaultLife  = 24 * time.Hour
+	maxTimelock   = 365 * 24 * time.Hour
 )
 
 // defaultCodes are the codes of faults that have one.
@@ -251,4 +252,28 @@ func (a *API) failure(r *http.Request) (any, error) {
 
 func (a *API) malformed(r *http.Request) (any, error) {
 	return a.strikeNow(r, a.srv.SendMalformed)
+}
+
+// timelock restricts an account, or lifts the restriction.
+func (a *API) timelock(r *http.Request) (any, error) {
+	p, err := a.phone(r)
+	if err != nil {
+		return nil, err
+	}
+	var body struct {
+		Active  *bool
+		Seconds float64
+		Type    string
+	}
+	if err := decode(r, &body); err != nil {
+		return nil, err
+	}
+	if body.Active == nil || body.Seconds < 0 || body.Seconds > maxTimelock.Seconds() {
+		return nil, badRequest("active is required; seconds: up to %d", int(maxTimelock.Seconds()))
+	}
+	var until time.Time
+	if body.Seconds > 0 {
+		until = time.Now().Add(time.Duration(body.Seconds * float64(time.Second)))
+	}
+	return empty{}, a.srv.Timelock(p.Account(), *body.Active, until, body.Type)
 }

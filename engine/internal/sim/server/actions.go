@@ -1,6 +1,13 @@
 package server
 
-import "time"
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"time"
+
+	"go.mau.fi/whatsmeow/types"
+)
 
 // malformedFrame is a stanza with an attribute that is a JID (token 250) whose user part is itself a JID. whatsmeow's
 // decoder takes the user for a string and panics in the socket's goroutine, which ends the client's whole process
@@ -35,6 +42,32 @@ func (s *Server) SendMalformed(d *Device) bool {
 	}
 	client.enqueue(reply{raw: malformedFrame})
 	return true
+}
+
+// Timelock tells an account's linked devices that the account must not write to people it has no chat with, or that it may again. It stays pending
+// until a device acks it. until is zero when no end is known; kind is WhatsApp's word for the restriction (whatsmeow notification.go, handleMexNotification).
+func (s *Server) Timelock(a *Account, active bool, until time.Time, kind string) error {
+	type timelock struct {
+		Kind   string `json:"enforcement_type,omitempty"`
+		Active bool   `json:"is_active"`
+		Ends   string `json:"time_enforcement_ends,omitempty"`
+	}
+	lock := timelock{Kind: kind, Active: active}
+	if !until.IsZero() {
+		lock.Ends = strconv.FormatInt(until.Unix(), 10)
+	}
+	content, err := json.Marshal(map[string]any{"data": map[string]any{"xwa2_notify_account_reachout_timelock": lock}})
+	if err != nil {
+		return fmt.Errorf("encode the notification: %w", err)
+	}
+	for _, d := range a.Devices() {
+		if d.ID != 0 {
+			s.notify(d, types.ServerJID, "mex", Node{
+				Tag: "update", Attrs: Attrs{"op_name": "NotificationUserReachoutTimelockUpdate"}, Content: content,
+			})
+		}
+	}
+	return nil
 }
 
 // dismiss says goodbye to the device's connection, if it has one.
