@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loguru import logger
@@ -24,6 +25,7 @@ OnEvent = Callable[[EngineEvent], None]
 
 
 OPEN_TIMEOUT_S = 30.0
+SNAPSHOT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +253,16 @@ class Engines:
         if host is None:
             raise EngineError("The session is not open in an engine.", engine_code="not_open")
         return await host.request(op, session, timeout_s, generation=generation, **arguments)
+
+    async def snapshot(self, session: str, directory: Path, to: Path) -> dict[str, Any]:
+        """Have the state in `directory` copied into the new file `to`, whether or not the session is open. Raises EngineError."""
+        host = self._where.get(session)
+        current = host.sessions.get(session) if host is not None else None
+        if host is None:
+            host = self._host_with_room()
+            await host.ready(self._options.hello_timeout_s)
+        generation = current.generation if current is not None else 0
+        return await host.request("snapshot", session, SNAPSHOT_TIMEOUT_S, generation=generation, dir=str(directory), to=str(to))
 
     def answer(self, event: EngineEvent, *, ok: bool) -> None:
         """Answer a waiting event; ignored when its generation is over."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
 from warren.core.backup_names import Place
 from warren.errors import SealError
-from warren.ports import Desired, JournalRow, KeepOutcome, SessionRecord, Write
+from warren.ports import Desired, JournalRow, KeepOutcome, PutPacing, SessionRecord, Write
 
 JOURNAL_ROWS = 1_000
 """Last outcomes of a session that travel along."""
@@ -24,23 +24,17 @@ class Stored:
     """Whose it is: the `source` of its events."""
     record: SessionRecord
     journal: tuple[JournalRow, ...] = ()
-
-    def writes(self) -> tuple[Write, ...]:
-        """What of it goes into the registry beside the session's own row."""
-        return tuple(KeepOutcome(row) for row in self.journal)
+    pacing: tuple[int, ...] = ()
 
     def merged(self, here: SessionRecord) -> SessionRecord:
         """What is known here, with what the backup knows where nothing is."""
-        return SessionRecord(
-            here.session,
-            here.epoch,
-            here.desired,
-            here.sequence,
-            {**self.record.settings, **here.settings},
-            here.account or self.record.account,
-            here.halted,
-            paired=True,
-        )
+        settings = {**self.record.settings, **here.settings}
+        return replace(here, settings=settings, account=here.account or self.record.account, paired=True)
+
+    def beside(self, pacing: tuple[int, ...]) -> tuple[Write, ...]:
+        """What of it goes into the registry beside the session's row; `pacing` is what is there already."""
+        window = tuple(sorted({*self.pacing, *pacing}))
+        return (*(KeepOutcome(row) for row in self.journal), PutPacing(self.record.session, window))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +58,8 @@ def encode(stored: Stored) -> bytes:
             "settings": record.settings,
             "account": record.account,
             "halted": record.halted,
+            "until": record.until,
+            "pacing": stored.pacing,
             "journal": [[row.command_id, row.fingerprint, row.outcome.decode()] for row in stored.journal],
         },
         option=orjson.OPT_SORT_KEYS,
@@ -82,9 +78,10 @@ def decode(session: str, place: Place, body: bytes) -> Stored:
             account=dict(told["account"]),
             halted=str(told["halted"]),
             paired=True,
+            until=str(told["until"]),
         )
         journal = tuple(JournalRow(session, c, f, o.encode()) for c, f, o in told["journal"])
-        return Stored(str(told["source"]), record, journal)
+        return Stored(str(told["source"]), record, journal, tuple(int(stamp) for stamp in told["pacing"]))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _senseless(session, place, repr(e)) from e
 
