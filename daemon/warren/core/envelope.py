@@ -371,6 +371,11 @@ def cloud_event(
     return orjson.dumps(envelope)
 
 
+def event_time(body: bytes) -> datetime:
+    """When an event of ours happened, as `cloud_event` wrote it."""
+    return datetime.fromisoformat(orjson.loads(body)["time"])
+
+
 def timestamp(time: datetime) -> str:
     """RFC 3339 in UTC with milliseconds."""
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.microsecond // 1000:03d}Z"

@@ -19,6 +19,7 @@ from loguru import logger
 
 from warren.core import envelope
 from warren.core.backoff import delay
+from warren.core.metrics import Metrics
 from warren.core.names import Topology, event_id, event_routing_key
 from warren.errors import StateError
 from warren.ports import AddEvent, Bus, JournalRow, OutboxRow, Published, PutOutcome, RemoveEvents, SessionRecord, Store, Write
@@ -113,6 +114,8 @@ class _Lane:
     last: tuple[int, int] = (0, 0)
     """(epoch, sequence) of the last row in the outbox."""
     spilled: bool = False
+    current: OutboxRow | None = None
+    """The row that is being published: the oldest one without a confirm."""
     task: asyncio.Task[None] | None = None
 
     def append(self, row: OutboxRow, entry: _Entry) -> None:
@@ -144,8 +147,10 @@ class Delivery:
         now: Callable[[], datetime],
         random01: Callable[[], float],
         disk_ok: Callable[[], bool],
+        metrics: Metrics | None = None,
     ) -> None:
         self._bus, self._store, self._topology, self._options = bus, store, topology, options
+        self._metrics = metrics or Metrics()
         self._now, self._random01, self._disk_ok = now, random01, disk_ok
         self._lanes: dict[str, _Lane] = {}
         self._sequences: dict[tuple[str, int], int] = {}
@@ -201,6 +206,20 @@ class Delivery:
         lane = self._lanes.get(session)
         return 0 if lane is None else max(0, lane.rows)
 
+    @property
+    def outbox_bytes(self) -> int:
+        """The events on disk that RabbitMQ has not confirmed, those of earlier runs too."""
+        return self._bytes
+
+    def waiting(self) -> int:
+        """Events taken and not confirmed, those from before the last start not counted."""
+        return len(self._waiting) + self._committing + sum(max(0, lane.rows) for lane in self._lanes.values())
+
+    def oldest(self) -> datetime | None:
+        """When the oldest event that RabbitMQ has not confirmed happened; None when none waits."""
+        times = [envelope.event_time(lane.current.body) for lane in self._lanes.values() if lane.current is not None]
+        return min([*times, *(entry.time for entry in list(self._waiting)[:1])], default=None)
+
     def serves(self, session: str) -> bool:
         """Whether the session's events are numbered here."""
         return session in self._lanes and self._lanes[session].epoch > 0
@@ -247,6 +266,7 @@ class Delivery:
         """Publish now or never: for events that are worthless later. Dropped while RabbitMQ is away."""
         if not self._bus.connected.is_set() or len(self._ephemeral) >= MAX_EPHEMERAL:
             return
+        self._metrics.events[event] += 1
         task = asyncio.create_task(self._publish_ephemeral(session, event, data, event_id))
         self._ephemeral.add(task)
         task.add_done_callback(self._ephemeral.discard)
@@ -362,6 +382,7 @@ class Delivery:
 
     def _stored(self, entry: _Entry, row: OutboxRow) -> None:
         self._bytes += len(row.body)
+        self._metrics.events[entry.event] += 1
         lane = self._lane(row.session)
         lane.append(row, entry)
         entry.ticket.mark_stored(self._options.answer_after_s)
@@ -398,7 +419,7 @@ class Delivery:
             lane.spilled = len(page) == LANE_CACHE or lane.last > end
         if not lane.cache:
             return None
-        row = lane.cache.popleft()
+        row = lane.current = lane.cache.popleft()
         lane.position = (row.epoch, row.sequence)
         return row
 
@@ -417,7 +438,9 @@ class Delivery:
         while True:
             await self._bus.connected.wait()
             async with self._slots:
+                began = asyncio.get_running_loop().time()
                 result = await self._publish(row.session, row.event, row.event_id, row.body)
+                self._metrics.published(result.value, asyncio.get_running_loop().time() - began)
             if result is Published.CONFIRMED:
                 return
             if result is Published.REFUSED:
@@ -444,6 +467,7 @@ class Delivery:
     def _row_confirmed(self, lane: _Lane, row: OutboxRow) -> None:
         self._bytes -= len(row.body)
         lane.rows -= 1
+        lane.current = None
         lane.confirmed = (row.epoch, row.sequence)
         self._confirmed.append((row.session, row.epoch, row.sequence))
         if len(self._confirmed) == 1:
