@@ -206,11 +206,6 @@ class Delivery:
         lane = self._lanes.get(session)
         return 0 if lane is None else max(0, lane.rows)
 
-    @property
-    def outbox_bytes(self) -> int:
-        """The events on disk that RabbitMQ has not confirmed, those of earlier runs too."""
-        return self._bytes
-
     def waiting(self) -> int:
         """Events taken and not confirmed, those from before the last start not counted."""
         return len(self._waiting) + self._committing + sum(max(0, lane.rows) for lane in self._lanes.values())
