@@ -17,6 +17,7 @@ from loguru import logger
 from warren.core import frames
 from warren.core.backoff import delay
 from warren.core.frames import EngineEvent, Response
+from warren.core.metrics import Metrics
 from warren.errors import EngineError, FrameError, WarrenError
 from warren.ports import EngineProcess, StartEngine
 
@@ -40,6 +41,19 @@ class EngineOptions:
     """A process that lived this long is restarted without backoff."""
 
 
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """One engine as of its last answered ping; None: not told yet, or not known to the engine."""
+
+    number: int
+    up: bool
+    sessions: int
+    rss_bytes: int | None
+    wa_version: str | None
+    wa_version_age_s: float | None
+    """For how long WhatsApp has not been heard to serve that version."""
+
+
 def _gone() -> EngineError:
     return EngineError("The engine process ended.", engine_code="gone")
 
@@ -55,8 +69,12 @@ class _Open:
 class _Host:
     """One engine process after the other, in one place: the sessions it serves, its requests in flight."""
 
-    def __init__(self, number: int, start: StartEngine, options: EngineOptions, random01: Callable[[], float]) -> None:
+    def __init__(
+        self, number: int, start: StartEngine, options: EngineOptions, random01: Callable[[], float], metrics: Metrics
+    ) -> None:
         self.number = number
+        self._metrics = metrics
+        self._pong: dict[str, Any] = {}
         self.sessions: dict[str, _Open] = {}
         self._start, self._options, self._random01 = start, options, random01
         self._pending: dict[int, asyncio.Future[Response]] = {}
@@ -90,6 +108,17 @@ class _Host:
         current = self.sessions.get(event.session)
         if current is not None and current.generation == event.generation:
             self._out.put_nowait(frames.encode_answer(event, ok=ok))
+
+    def vitals(self) -> Vitals:
+        pong = self._pong
+        return Vitals(
+            self.number,
+            self._ready.is_set(),
+            len(self.sessions),
+            pong.get("rss_bytes"),
+            pong.get("wa_version"),
+            pong.get("wa_version_age_s"),
+        )
 
     async def ready(self, timeout_s: float) -> None:
         try:
@@ -129,6 +158,7 @@ class _Host:
             pause = delay(
                 attempt, base_s=self._options.restart_base_s, cap_s=self._options.restart_cap_s, random01=self._random01()
             )
+            self._metrics.engine_restarts += 1
             logger.bind(action="engine_restart", engine=self.number).warning("Engine restarts in {:.1f} s.", pause)
             await asyncio.sleep(pause)
 
@@ -143,6 +173,7 @@ class _Host:
             await self._read(process)
         finally:
             self._ready.clear()
+            self._pong = {}
             if not self._stopping:
                 process.kill()
             for task in (writer, pinger):
@@ -192,7 +223,7 @@ class _Host:
         try:
             await self.ready(self._options.hello_timeout_s)
             while True:
-                await self.request("ping", "", self._options.ping_timeout_s)
+                self._pong = await self.request("ping", "", self._options.ping_timeout_s)
                 await asyncio.sleep(self._options.ping_interval_s)
         except EngineError as e:
             logger.bind(action="engine_hung", engine=self.number, pid=process.pid).error("{} It is killed.", e)
@@ -220,8 +251,16 @@ def _result(response: Response) -> dict[str, Any]:
 class Engines:
     """Every engine process of this daemon, and which session is where."""
 
-    def __init__(self, start: StartEngine, options: EngineOptions, *, random01: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        start: StartEngine,
+        options: EngineOptions,
+        *,
+        random01: Callable[[], float],
+        metrics: Metrics | None = None,
+    ) -> None:
         self._start, self._options, self._random01 = start, options, random01
+        self._metrics = metrics or Metrics()
         self._hosts: list[_Host] = []
         self._where: dict[str, _Host] = {}
 
@@ -276,10 +315,14 @@ class Engines:
             host.sessions.pop(session, None)
             self._where.pop(session, None)
 
+    def vitals(self) -> list[Vitals]:
+        """Every engine there is, also one that is being restarted."""
+        return [host.vitals() for host in self._hosts]
+
     def _host_with_room(self) -> _Host:
         for host in self._hosts:
             if len(host.sessions) < self._options.sessions_per_process:
                 return host
-        host = _Host(len(self._hosts), self._start, self._options, self._random01)
+        host = _Host(len(self._hosts), self._start, self._options, self._random01, self._metrics)
         self._hosts.append(host)
         return host
