@@ -73,7 +73,7 @@ class Metrics:
         """Attempts to publish an event with a sequence, by what became of them."""
         self.confirms = Timing(CONFIRM_BOUNDS_S)
         self._commands: Counter[tuple[str, str]] = Counter()
-        self._command_seconds: dict[tuple[str, str], Timing] = {}
+        self._command_seconds: dict[Labels, Timing] = {}
         self._transitions: Counter[tuple[str, str]] = Counter()
         self._reconnects = 0
         self.engine_restarts = 0
