@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
-from warren.edges.logs import ENGINE_MESSAGE_CHARS, Format, configure_logging, log_engine_line
+from warren.edges.logs import (
+    ENGINE_MESSAGE_CHARS,
+    REPEAT_WINDOW_S,
+    REPEATS,
+    REPEATS_KNOWN,
+    Format,
+    configure_logging,
+    log_engine_line,
+)
 
 NUMBER = "15551234567"
 few = settings(max_examples=30, deadline=None)  # each sets the log up
@@ -110,6 +118,60 @@ def test_levels_are_obeyed() -> None:
         logging.getLogger("x").warning("yes")
 
     assert [entry["message"] for entry in logged(write, level="warning")] == ["yes", "yes"]
+
+
+# --- one session, and repeats -------------------------------------------------------------------------------------------
+
+
+def test_a_traced_session_tells_everything_redacted_and_the_others_no_more_than_before() -> None:
+    out = io.StringIO()
+    configure_logging("warning", "json", True, trace=["acme"], stream=out)
+    for session in ("acme", "other", ""):
+        logger.bind(session=session).debug("to {}", NUMBER)
+        logger.bind(session=session).info("state")
+    logging.getLogger("x").debug("no")
+    log_engine_line(b'{"level":"DEBUG","msg":"frame","session":"acme"}')
+    log_engine_line(b'{"level":"DEBUG","msg":"frame","session":"other"}')
+    told = [(e["session"], e["message"]) for e in map(orjson.loads, out.getvalue().splitlines())]
+    assert told == [("acme", "to 1555…67"), ("acme", "state"), ("acme", "frame")]
+
+
+def test_a_warning_that_repeats_is_told_a_few_times_a_minute_and_counted() -> None:
+    out, now = io.StringIO(), [0.0]
+    configure_logging("info", "json", True, stream=out, clock=lambda: now[0])
+
+    def again(times: int) -> list[dict[str, Any]]:
+        out.seek(0)
+        out.truncate()
+        for _ in range(times):
+            logger.bind(action="broker_failed").warning("It does not start.")
+        return [orjson.loads(line) for line in out.getvalue().splitlines()]
+
+    assert len(again(100)) == REPEATS
+    assert again(10) == []
+    logger.bind(action="broker_failed", session="acme").warning("It does not start.")
+    logger.bind(action="other").warning("It does not start.")
+    logger.bind(action="broker_failed").error("It does not start.")
+    assert len(out.getvalue().splitlines()) == 3
+    now[0] = REPEAT_WINDOW_S
+    first, *more = again(50)
+    assert first["repeated"] == 105
+    assert len(more) == REPEATS - 1
+    assert all("repeated" not in entry for entry in more)
+
+
+def test_state_changes_are_told_however_often() -> None:
+    assert len(logged(lambda: [logger.bind(session="acme").info("online") for _ in range(50)])) == 50
+
+
+def test_what_is_remembered_of_repeats_is_bounded() -> None:
+    def many() -> None:
+        for n in range(REPEATS_KNOWN + 1):
+            logger.warning("warning {}", n)
+        for _ in range(2):
+            logger.warning("warning 0")
+
+    assert len(logged(many)) == REPEATS_KNOWN + 3
 
 
 # --- redaction --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from warren.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 KEY = "a1" * 32
-NEEDS_MORE = {"amqp.url_file", "http.token_file"} | {
+NEEDS_MORE = {"amqp.ca_file", "amqp.cert_file", "amqp.key_file", "amqp.url_file", "http.token_file"} | {
     f"{section}.{name}"
     for section, names in {
         "whatsapp": "endpoint root_key ca_file",
@@ -81,7 +82,8 @@ def test_the_example_shows_the_defaults_and_says_where_it_does_not() -> None:
         if defaults[name] is None or name in ("instance", "state_dir"):
             assert "Default: " in comment, name
         else:
-            assert (value, type(value)) == (defaults[name], type(defaults[name])), name
+            default = list(defaults[name]) if isinstance(defaults[name], tuple) else defaults[name]
+            assert (value, type(value)) == (default, type(default)), name
 
 
 def test_the_example_explains_every_setting() -> None:
@@ -208,9 +210,9 @@ def test_all_problems_are_told_at_once_each_with_its_place(tmp_path: Path, monke
     monkeypatch.setenv("WARREN_DELIVERY__ANSWER_AFTER_MS", "soon")
     text = error(config, {"log.level": "loud"})
     assert text.startswith("5 settings are wrong:\n")
-    assert f"{config}: amqp.prefix: may have letters" in text
-    assert f"{config}: amqp.heartbeat_s: input should be greater than 0." in text
-    assert f'{config}: fleet.takeover: only "off" is there in this version.' in text
+    assert f"{config}, line 2: amqp.prefix: may have letters" in text
+    assert f"{config}, line 3: amqp.heartbeat_s: input should be greater than 0. Default: 10." in text
+    assert f'{config}, line 5: fleet.takeover: only "off" is there in this version. Default: "off".' in text
     assert "environment (WARREN_DELIVERY__ANSWER_AFTER_MS): delivery.answer_after_ms: input should be a valid int" in text
     assert "command line: log.level: input should be 'debug', 'info', 'warning' or 'error'." in text
 
@@ -323,6 +325,74 @@ def test_keys_come_from_files_and_credentials_and_do_not_show(tmp_path: Path, mo
     monkeypatch.setenv("WARREN_STORAGE__OLD_KEYS", f"{KEY} {KEY}")
     assert load_settings().storage.old_keys == SecretStr(f"{KEY} {KEY}")
     assert load_settings(None, {"storage.old_keys": [KEY]}).storage.old_keys == SecretStr(KEY)
+
+
+# --- reading again ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_again_changes_what_it_can_and_names_the_rest(tmp_path: Path) -> None:
+    config = write(tmp_path / "c.toml", '[log]\nlevel = "info"\n[amqp]\nprefix = "a"')
+    running = load_settings(config)
+    write(config, '[log]\nlevel = "debug"\ntrace = ["acme"]\n[amqp]\nprefix = "b"\n[whatsapp]\ndevice_name = "Desk"')
+    told = running.reloaded(load_settings(config))
+    assert told.taken == ["whatsapp.device_name = Desk (was warren)", "log.level = debug (was info)", "log.trace = acme (was )"]
+    assert told.waiting == ["amqp.prefix"]
+    s = told.settings
+    assert (s.log.level, s.log.trace, s.whatsapp.device_name, s.amqp.prefix) == ("debug", ("acme",), "Desk", "a")
+    # Still waiting at the next time; and what was taken can be taken back.
+    write(config, '[amqp]\nprefix = "b"')
+    again = s.reloaded(load_settings(config))
+    assert (again.settings.model_dump(), again.waiting, len(again.taken)) == (running.model_dump(), ["amqp.prefix"], 3)
+    assert running.reloaded(running) == module.Reloaded(running, [], [])
+
+
+def test_a_changed_secret_is_not_told(tmp_path: Path) -> None:
+    running = load_settings(None, {"amqp.url": "amqp://u:old@h/"})
+    assert running.reloaded(load_settings(None, {"amqp.url": "amqp://u:new@h/"})).waiting == ["amqp.url"]
+
+
+def test_everything_that_can_be_reloaded_is_a_section_or_a_setting() -> None:
+    assert {*Settings.model_fields, *module._names()} >= module.RELOADABLE
+
+
+# --- RabbitMQ with certificates -----------------------------------------------------------------------------------------
+
+
+def test_certificates_go_into_the_address_and_need_amqps(tmp_path: Path) -> None:
+    ca, cert, key = (str(write(tmp_path / name, "")) for name in ("c a&.pem", "cert.pem", "key.pem"))
+    tls = {"amqp.url": "amqps://u:p%2F@h/v?name=x", "amqp.ca_file": ca, "amqp.cert_file": cert, "amqp.key_file": key}
+    address = load_settings(None, tls).amqp.address
+    assert address is not None
+    assert address.startswith("amqps://u:p%2F@h/v?name=x&cafile=")
+    assert dict(parse_qsl(urlsplit(address).query)) == {"name": "x", "cafile": ca, "certfile": cert, "keyfile": key}
+    assert load_settings(None, {"amqp.url": "amqp://h/"}).amqp.address == "amqp://h/"
+    assert load_settings().amqp.address is None
+    assert "belong together" in error(None, {"amqp.url": "amqps://h/", "amqp.key_file": key})
+    assert "are for an amqps:// `url`" in error(None, {"amqp.url": "amqp://h/", "amqp.ca_file": ca})
+    assert "there is no file" in error(None, {"amqp.url": "amqps://h/", "amqp.ca_file": "/no/ca"})
+
+
+def test_the_sessions_to_trace_come_as_a_list_or_with_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(write(tmp_path / "c.toml", '[log]\ntrace = ["a", "b"]')).log.trace == ("a", "b")
+    monkeypatch.setenv("WARREN_LOG__TRACE", "acme, other")
+    assert load_settings().log.trace == ("acme", "other")
+    monkeypatch.setenv("WARREN_LOG__TRACE", "no/session")
+    assert "environment (WARREN_LOG__TRACE): log.trace: " in error()
+
+
+@pytest.mark.parametrize(
+    ("toml", "line"),
+    [
+        ("\n[amqp]\n# url\nulr = 'x'", 4),
+        ("[log]\n\n[ampq]\nurl = 'x'", 3),
+        ("\nmax_sessions = 5", 2),
+        ("amqp.heartbeat_s = 0", 1),
+        ("instance = 'a'\namqp = { heartbeat_s = 0 }", 2),
+    ],
+)
+def test_what_is_wrong_has_its_line(tmp_path: Path, toml: str, line: int) -> None:
+    config = write(tmp_path / "c.toml", toml)
+    assert error(config).startswith(f"{config}, line {line}: ")
 
 
 # --- describe ---------------------------------------------------------------------------------------------------------

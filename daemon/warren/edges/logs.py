@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -23,6 +26,12 @@ Format = Literal["auto", "human", "json"]
 ENGINE_MESSAGE_CHARS = 4_096
 """Of an engine's line that is no JSON (a Go panic): the rest is cut off."""
 
+WARNING = 30
+REPEATS = 5
+REPEAT_WINDOW_S = 60.0
+REPEATS_KNOWN = 1_000
+"""Different warnings that are remembered; of more, the oldest count as new again."""
+
 _RESERVED = ("time", "level", "action", "session", "message", "exception")
 _QUIET_LIBRARIES = ("aiormq", "aio_pika", "asyncio")
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {9: "\\t", 10: "\\n", 13: "\\r"}
@@ -31,23 +40,38 @@ Redact = Callable[[str], str]
 RedactFields = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def configure_logging(level: str, format: Format, redact: bool, *, stream: TextIO | None = None) -> None:
+def configure_logging(
+    level: str,
+    format: Format,
+    redact: bool,
+    *,
+    trace: Collection[str] = (),
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
     """Send everything to `stream` (stderr when None), replacing what was set up before.
 
-    `auto` is for people on a terminal and JSON elsewhere: under systemd, in a container, through a pipe.
+    `auto` is for people on a terminal and JSON elsewhere: under systemd, in a container, through a pipe. Of the sessions in
+    `trace` everything is told, whatever the level.
     """
     out = sys.stderr if stream is None else stream
     as_json = format == "json" or (format == "auto" and not _is_terminal(out))
     render = _json_line if as_json else _human_line
     text, fields = _redaction(redact)
+    lowest, traced, repeats = logger.level(level.upper()).no, frozenset(trace), _Repeats(clock)
+
+    def wanted(record: Record) -> bool:
+        return record["level"].no >= lowest or record["extra"].get("session") in traced
 
     def sink(message: Message) -> None:
-        out.write(render(message.record, text, fields))
-        out.flush()
+        if said := repeats.said(message.record):
+            out.write(render(said, text, fields))
+            out.flush()
 
     # `diagnose` would print the values of local variables, keys included; `backtrace` frames of callers.
     logger.remove()
-    logger.add(sink, level=level.upper(), format="{message}", diagnose=False, backtrace=False)
+    floor = "DEBUG" if traced else level.upper()
+    logger.add(sink, level=floor, filter=wanted, format="{message}", diagnose=False, backtrace=False)
     _intercept_stdlib(level)
 
 
@@ -78,6 +102,44 @@ def _is_terminal(stream: TextIO) -> bool:
 
 def _redaction(on: bool) -> tuple[Redact, RedactFields]:
     return (redact, redact_fields) if on else (str, dict)
+
+
+class _Repeats:
+    """The same warning or error (level, action, session and words) is told REPEATS times in REPEAT_WINDOW_S; what comes more is
+    counted, and the first one of the next window has the count as `repeated`. Milder records always pass: a state change is told.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()
+
+    def said(self, record: Record) -> Record | None:
+        """The record to write, or None. Called under loguru's lock."""
+        if record["level"].no < WARNING:
+            return record
+        extra, now = record["extra"], self._clock()
+        key = (record["level"].no, extra.get("action"), extra.get("session"), record["message"])
+        window = self._windows.get(key)
+        if window is None or now - window.began >= REPEAT_WINDOW_S:
+            self._windows[key] = _Window(now)
+            self._windows.move_to_end(key)
+            if len(self._windows) > REPEATS_KNOWN:
+                self._windows.popitem(last=False)
+            if window is not None and window.held:
+                extra["repeated"] = window.held
+            return record
+        window.told += 1
+        if window.told <= REPEATS:
+            return record
+        window.held += 1
+        return None
+
+
+@dataclass(slots=True)
+class _Window:
+    began: float
+    told: int = 1
+    held: int = 0
 
 
 # --- one record as one line -------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ import socket
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
+import orjson
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -39,12 +40,14 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
 )
 
 import warren
+from warren.core.names import SESSION_ID
 from warren.errors import ConfigError
 
 ENV_PREFIX = "WARREN_"
@@ -152,6 +155,11 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def _listed(value: Any) -> Any:
+    """From the environment: names with commas between them."""
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
 def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname()).lstrip("_.-")[:64] or "warren"
 
@@ -162,7 +170,9 @@ def _default_state_dir() -> Path:
     return Path(given or "var").absolute()
 
 
+SessionName = Annotated[str, Field(pattern=f"^{SESSION_ID.pattern}$")]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+ReadableFile = Annotated[Path, AfterValidator(_absolute), AfterValidator(_readable)]
 NameInQueues = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Prefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$")]
 
@@ -179,11 +189,34 @@ class AmqpSettings(_Section):
 
     url: Annotated[SecretStr, AfterValidator(_amqp_url)] | None = None
     url_file: AbsolutePath | None = None
+    ca_file: ReadableFile | None = None
+    cert_file: ReadableFile | None = None
+    key_file: ReadableFile | None = None
     prefix: Prefix = "warren"
     heartbeat_s: PositiveInt = 10
     connect_timeout_s: PositiveFloat = 5.0
     publish_timeout_s: PositiveFloat = 10.0
     work_prefetch: Annotated[int, Field(ge=1, le=65_535)] = 10
+
+    @model_validator(mode="after")
+    def _certificates_fit(self) -> AmqpSettings:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("`cert_file` and `key_file` belong together; set both, or remove both")
+        if self._files() and (self.url is None or not self.url.get_secret_value().startswith("amqps:")):
+            raise ValueError("`ca_file`, `cert_file` and `key_file` are for an amqps:// `url`; set one, or remove them")
+        return self
+
+    @property
+    def address(self) -> str | None:
+        """The URL to connect to, with its secrets; the certificates are named in its query, where aiormq looks for them."""
+        if self.url is None:
+            return None
+        parts = urlsplit(self.url.get_secret_value())
+        return parts._replace(query=urlencode([*parse_qsl(parts.query), *self._files()])).geturl()
+
+    def _files(self) -> list[tuple[str, str]]:
+        given = {"cafile": self.ca_file, "certfile": self.cert_file, "keyfile": self.key_file}
+        return [(name, str(path)) for name, path in given.items() if path is not None]
 
 
 class WhatsAppSettings(_Section):
@@ -304,6 +337,14 @@ class StorageSettings(_Section):
         return self
 
 
+class PacingSettings(_Section):
+    """How fast sessions send, where their `create` says nothing else."""
+
+    messages_per_minute: Annotated[int, Field(ge=0, le=6_000)] = 30
+    burst: PositiveInt | None = None
+    on_limit: Annotated[Literal["wait", "refuse"], BeforeValidator(_lower)] = "wait"
+
+
 class ShutdownSettings(_Section):
     """Budgets of the steps of a stop, in seconds."""
 
@@ -319,6 +360,7 @@ class LogSettings(_Section):
     level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
     format: Annotated[Literal["auto", "human", "json"], BeforeValidator(_lower)] = "auto"
     redact: bool = True
+    trace: Annotated[tuple[SessionName, ...], NoDecode, BeforeValidator(_listed)] = ()
 
 
 class HttpSettings(_Section):
@@ -346,6 +388,20 @@ class Described:
     source: str
 
 
+RELOADABLE = frozenset({"log", "reconnect", "pacing", "shutdown", "whatsapp.device_name"})
+"""Sections, and settings of sections, that a SIGHUP changes. All others are built into what runs: connections, engines, queues.
+A section with rules between its settings is in whole or not at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """`settings`: what is in force now. `taken`: sentences about what has changed. `waiting`: names that need a restart."""
+
+    settings: Settings
+    taken: list[str]
+    waiting: list[str]
+
+
 class Settings(BaseSettings):
     """Every setting of the daemon. Made by `load_settings`; made directly, it knows the environment but no files."""
 
@@ -367,11 +423,25 @@ class Settings(BaseSettings):
     reconnect: ReconnectSettings = ReconnectSettings()
     delivery: DeliverySettings = DeliverySettings()
     storage: StorageSettings = StorageSettings()
+    pacing: PacingSettings = PacingSettings()
     shutdown: ShutdownSettings = ShutdownSettings()
     log: LogSettings = LogSettings()
     http: HttpSettings = HttpSettings()
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    def reloaded(self, new: Settings) -> Reloaded:
+        """What becomes of a running daemon's settings when they are read again: RELOADABLE ones change, all others stay."""
+        before, after = dict(_leaves(self)), dict(_leaves(new))
+        changed = [name for name in after if after[name] != before[name]]
+        taken = [name for name in changed if name in RELOADABLE or name.split(".")[0] in RELOADABLE]
+        sections: dict[str, dict[str, Any]] = {}
+        for section, _, last in (name.partition(".") for name in taken):
+            sections.setdefault(section, {})[last] = after[f"{section}.{last}"]
+        settings = self.model_copy(update={name: getattr(self, name).model_copy(update=to) for name, to in sections.items()})
+        settings._sources = {**self._sources, **{name: new._sources.get(name, "default") for name in taken}}
+        told = [f"{name} = {_shown(after[name])} (was {_shown(before[name])})" for name in taken]
+        return Reloaded(settings, told, [name for name in changed if name not in taken])
 
     def describe(self) -> list[Described]:
         """The settings in force, secrets masked, with where each comes from, in the order of the example file."""
@@ -392,13 +462,23 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Settings from one place, nested as in the file; `place` says where by dotted name, "" for all others."""
+    """Settings from one place, nested as in the file; `place` says where by dotted name, "" for all others; `lines`
+    in which line of it.
+    """
 
     data: dict[str, Any]
     place: dict[str, str]
+    lines: dict[str, int] = field(default_factory=dict)
 
     def source(self, name: str) -> str:
         return self.place.get(name) or self.place[""]
+
+    def spot(self, name: str) -> str:
+        """`source`, with the line where the file has the setting, or else its section."""
+        known = name
+        while known and known not in self.lines:
+            known = known.rpartition(".")[0]
+        return f"{self.source(name)}, line {self.lines[known]}" if known else self.source(name)
 
 
 _files: ContextVar[tuple[_Layer, ...]] = ContextVar("_files", default=())
@@ -478,13 +558,30 @@ def _toml(config: Path | None) -> _Layer:
     if path is None:
         return _Layer({}, {"": "default"})
     try:
-        return _Layer(tomllib.loads(path.read_text(encoding="utf-8")), {"": str(path)})
+        text = path.read_text(encoding="utf-8")
+        return _Layer(tomllib.loads(text), {"": str(path)}, _lines(text))
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file {path}.", hint=f"Check --config or ${CONFIG_ENV}.") from None
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}.", hint="Check its owner and mode.") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not TOML: {e}.", hint="See config.example.toml for the form.") from e
+
+
+_HEADER = re.compile(r"\s*\[\s*([\w.-]+)\s*\]")
+_ENTRY = re.compile(r"\s*([\w.-]+)\s*=")
+
+
+def _lines(toml: str) -> dict[str, int]:
+    """Dotted name -> line. For what is written plainly; whoever quotes names or nests tables is told the section."""
+    section, found = "", dict[str, int]()
+    for number, line in enumerate(toml.splitlines(), start=1):
+        if header := _HEADER.match(line):
+            section = f"{header[1]}."
+            found.setdefault(header[1], number)
+        elif entry := _ENTRY.match(line):
+            found.setdefault(section + entry[1], number)
+    return found
 
 
 def _secrets(layers: tuple[_Layer, ...]) -> _Layer:
@@ -542,9 +639,9 @@ def _config_error(problems: list[str]) -> ConfigError:
 
 
 def _problem(details: ErrorDetails, layers: tuple[_Layer, ...]) -> str:
-    name = ".".join(str(part) for part in details["loc"])
+    name = ".".join(part for part in details["loc"] if isinstance(part, str))
     layer = _layer_of(name, layers)
-    where = layer.source(name) if layer else "settings"
+    where = layer.spot(name) if layer else "settings"
     if details["type"] == "extra_forbidden":
         return f"{where}: {name} is no setting.{_did_you_mean(_close(name))}"
     what = details["msg"].removeprefix("Value error, ")
@@ -552,7 +649,15 @@ def _problem(details: ErrorDetails, layers: tuple[_Layer, ...]) -> str:
         what = f"may have letters, digits, `_`, `.` and `-`, and begins with a letter or digit ({what})"
     if name == "fleet.takeover":
         what = 'only "off" is there in this version'
-    return f"{where}: {name}: {what[:1].lower()}{what[1:]}."
+    return f"{where}: {name}: {what[:1].lower()}{what[1:]}.{_default_of(name)}"
+
+
+def _default_of(name: str) -> str:
+    """What would do, for a setting of a section with a default to show."""
+    section, _, last = name.partition(".")
+    known = Settings.model_fields.get(section)
+    default = getattr(known.default, last, None) if known and last else None
+    return f" Default: {orjson.dumps(default).decode()}." if isinstance(default, str | int | float) else ""
 
 
 def _close(name: str) -> list[str]:
@@ -570,9 +675,9 @@ def _did_you_mean(names: list[str]) -> str:
 
 
 def _names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _names(field.annotation, f"{prefix}{name}.")
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _names(info.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
 
@@ -618,6 +723,8 @@ def _put(data: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _shown(value: Any) -> str | int | float | bool | None:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
     if isinstance(value, SecretStr):
         return _masked(value.get_secret_value())
     return value if value is None or isinstance(value, bool | int | float) else str(value)
