@@ -194,6 +194,8 @@ class MemoryBus:
         self.connected.set()
         self.published: list[tuple[str, str]] = []
         """(message id, routing key), each try."""
+        self.headers: dict[str, dict[str, str]] = {}
+        """The last ones, by exchange (its name without the prefix)."""
         self.in_flight: dict[str, int] = {}
         self.most_in_flight = 0
         self.answers: Callable[[str], Published] = lambda _: Published.CONFIRMED
@@ -214,6 +216,7 @@ class MemoryBus:
         await asyncio.sleep(0)
         self.in_flight[session] -= 1
         self.published.append((message_id, routing_key))
+        self.headers[exchange.partition(".")[2]] = headers
         return self.answers(message_id)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
+import os
 import random
 import shutil
 import signal
@@ -21,6 +23,7 @@ from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.broker_node import BrokerNode
 from warren.edges.engine_pipe import start_engine
 from warren.edges.logs import configure_logging
+from warren.edges.sdnotify import Condition, ServiceManager, status_line
 from warren.edges.settings import Settings, find_engine_binary, load_settings
 from warren.edges.statedir import StateDirectory
 from warren.edges.store import SqliteStore
@@ -31,6 +34,7 @@ from warren.services.engines import EngineOptions, Engines
 from warren.services.fleet import Fleet, FleetOptions
 from warren.services.gateway import Gateway
 from warren.services.outcomes import Outcomes
+from warren.services.sending import Pacing
 from warren.services.session import Deps, Session, SessionOptions
 
 EXIT_UNCLEAN = 1
@@ -40,6 +44,8 @@ ENGINE_LEVELS = {"debug": "debug", "info": "info", "warning": "warn", "error": "
 BROKER_RESTART_S = 2.0
 ENGINE_STOP_S = 10.0
 """For an engine whose sessions are closed already."""
+STOP_MARGIN_S = 20.0
+"""For the steps of a stop that have no setting: actors, the connection to RabbitMQ, the disk."""
 
 
 def _now() -> datetime:
@@ -76,6 +82,7 @@ class Daemon:
     _parts: _Parts = field(default_factory=_Parts)
     _hurry: asyncio.Event = field(default_factory=asyncio.Event)
     _clean: bool = True
+    _step_under_way: str = ""
 
     async def start(self) -> None:
         """Raises WarrenError when something it cannot do without is missing; `stop` then ends what was begun."""
@@ -153,9 +160,42 @@ class Daemon:
         """Cut the waits of `stop`, not its writes (the second signal)."""
         self._hurry.set()
 
+    @property
+    def stop_budget_s(self) -> float:
+        """The longest that `stop` takes. systemd's TimeoutStopSec= must be above it."""
+        return sum(self.settings.shutdown.model_dump().values()) + ENGINE_STOP_S + STOP_MARGIN_S
+
+    def condition(self) -> Condition:
+        """How it is, in one line. Ready: RabbitMQ is reached, and the sessions resume (`start` connects the bus behind them)."""
+        p = self._parts
+        if self._step_under_way:
+            return Condition(False, f"Stopping: {self._step_under_way}.")
+        if p.bus is None or p.fleet is None or p.delivery is None:
+            return Condition(False, "Starting the private RabbitMQ." if p.node is not None and p.bus is None else "Starting.")
+        connected = p.bus.connected.is_set()
+        trouble = p.bus.trouble or ("" if connected else "connecting")
+        return Condition(connected, status_line(p.fleet.states(), p.delivery.outbox_bytes, trouble))
+
+    def reload(self, new: Settings) -> None:
+        """Take up what of `new` can change while sessions run, and say what cannot."""
+        told = self.settings.reloaded(new)
+        self.settings = told.settings
+        configure_log(told.settings)
+        if (fleet := self._parts.fleet) is not None:
+            fleet.use(self._session_deps(lambda _: None).options)
+        what = "; ".join(told.taken) or "nothing has changed that can change while it runs"
+        logger.bind(action="reloaded").info("The configuration was read again: {}.", what)
+        if any(name in ("log.level", "log.trace") for name in (sentence.split(" ")[0] for sentence in told.taken)):
+            logger.bind(action="reloaded").info(
+                "Engines that run keep their log level; the next ones that start have the new one."
+            )
+        if told.waiting:
+            logger.bind(action="restart_needed").warning("Changed, but only a restart takes it up: {}.", ", ".join(told.waiting))
+
     # --- inside
 
     async def _step(self, name: str, budget_s: float, wait: Callable[[], Awaitable[object]]) -> None:
+        self._step_under_way = name
         waiting = asyncio.ensure_future(wait())
         hurry = asyncio.ensure_future(self._hurry.wait())
         done, _ = await asyncio.wait({waiting, hurry}, timeout=budget_s, return_when=asyncio.FIRST_COMPLETED)
@@ -184,8 +224,8 @@ class Daemon:
         await outcomes.wait()
 
     async def _broker_url(self) -> str:
-        if self.settings.amqp.url is not None:
-            return self.settings.amqp.url.get_secret_value()
+        if (address := self.settings.amqp.address) is not None:
+            return address
         node = self._parts.node = BrokerNode(self.settings.state_dir / "rabbitmq")
         info = await node.start()
         self._parts.node_keeper = asyncio.create_task(self._keep_node(node), name="broker.keeper")
@@ -217,7 +257,12 @@ class Daemon:
 
     async def _start_engine(self) -> EngineProcess:
         s = self.settings
-        args = ["--max-sessions", str(s.engine.sessions_per_process), "--log-level", ENGINE_LEVELS[s.log.level]]
+        args = [
+            "--max-sessions",
+            str(s.engine.sessions_per_process),
+            "--log-level",
+            ENGINE_LEVELS["debug" if s.log.trace else s.log.level],
+        ]
         args += ["--memory-limit-mb", str(s.engine.memory_limit_mb)] if s.engine.memory_limit_mb else []
         args += ["--wa-version", s.whatsapp.version] if s.whatsapp.version else []
         if s.whatsapp.endpoint is None:
@@ -261,6 +306,10 @@ class Daemon:
             publishes_at_once=d.publishes_at_once,
         )
 
+    def _pacing(self) -> Pacing:
+        p = self.settings.pacing
+        return Pacing(p.messages_per_minute, p.burst, p.on_limit)
+
     def _session_deps(self, on_removed: Callable[[Session], None]) -> Deps:
         s, p = self.settings, self._parts
         assert p.store is not None
@@ -276,16 +325,22 @@ class Daemon:
             delivery=p.delivery,
             outcomes=p.outcomes,
             connecting=asyncio.Semaphore(s.fleet.connects_at_once),
-            options=SessionOptions(s.whatsapp.device_name, r.base_s, r.cap_s, r.alarm_after, r.stable_s),
+            options=SessionOptions(s.whatsapp.device_name, r.base_s, r.cap_s, r.alarm_after, r.stable_s, self._pacing()),
             now=_now,
             random01=random.random,
             on_removed=on_removed,
         )
 
 
-async def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT. The exit status: 0 after a clean stop, 1 otherwise."""
-    daemon, signalled = Daemon(settings), asyncio.Event()
+def configure_log(settings: Settings) -> None:
+    """The log as `[log]` wants it."""
+    log = settings.log
+    configure_logging(log.level, log.format, redact=log.redact, trace=log.trace)
+
+
+async def serve(settings: Settings, load: Callable[[], Settings]) -> int:
+    """Run until SIGTERM or SIGINT. The exit status: 0 after a clean stop, 1 otherwise. SIGHUP takes up what `load` gives."""
+    daemon, signalled, systemd = Daemon(settings), asyncio.Event(), ServiceManager.from_environment(os.environ)
 
     def on_signal(name: str) -> None:
         if signalled.is_set():
@@ -293,15 +348,29 @@ async def serve(settings: Settings) -> int:
             daemon.hurry()
         else:
             logger.bind(action="signal", signal=name).info("{}: stopping.", name)
+            systemd.stopping(daemon.stop_budget_s)
             signalled.set()
+
+    def on_hangup() -> None:
+        with systemd.reloading():
+            try:
+                daemon.reload(load())
+            except WarrenError as e:
+                logger.bind(action="reload_failed").error("The configuration is wrong, so nothing changes: {}", e)
 
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, on_signal, sig.name)
+    if sys.stderr.isatty():  # a terminal that is closed
+        loop.add_signal_handler(signal.SIGHUP, on_signal, "SIGHUP")
+    else:
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    systemd.start(daemon.condition)
     failed = not await _start_unless(signalled, daemon)
     if not failed:
         await signalled.wait()
     clean = await daemon.stop()
+    await systemd.close()
     return EXIT_UNCLEAN if failed or not clean else 0
 
 
@@ -330,15 +399,27 @@ def main(argv: list[str] | None = None) -> int:
         prog="warrend", description="WhatsApp sessions as a service on RabbitMQ: the daemon.", epilog="See also: warren --help"
     )
     parser.add_argument("--config", type=Path, help="TOML file (default: ./warren.toml or /etc/warren/warren.toml, if there)")
+    parser.add_argument(
+        "--trace",
+        action="append",
+        metavar="SESSION",
+        help="tell everything of this session, as level debug does of all; repeatable",
+    )
     parser.add_argument("--version", action="version", version=f"warrend {__version__}")
     arguments = parser.parse_args(argv)
+
+    def load() -> Settings:
+        return load_settings(arguments.config, {"log.trace": arguments.trace})
+
     try:
-        settings = load_settings(arguments.config)
+        settings = load()
     except WarrenError as e:
         sys.stderr.write(f"warrend: {e}\n")
         return EXIT_CONFIG
-    configure_logging(settings.log.level, settings.log.format, redact=settings.log.redact)
-    return asyncio.run(serve(settings))
+    configure_log(settings)
+    # systemd's watchdog ends what hangs with SIGABRT: the log then shows where, without the values of variables.
+    faulthandler.enable()
+    return asyncio.run(serve(settings, load))
 
 
 if __name__ == "__main__":

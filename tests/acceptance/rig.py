@@ -113,6 +113,7 @@ class Rig:
                 "WARREN_AMQP__PREFIX": self.prefix,
                 "WARREN_INSTANCE": "rig",
                 "WARREN_LOG__LEVEL": "debug",
+                "WARREN_PACING__MESSAGES_PER_MINUTE": "0",
                 **self._settings,
             },
         )

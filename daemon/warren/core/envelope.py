@@ -56,6 +56,9 @@ class CreateArgs(_Strict):
     proxy: Annotated[str, StringConstraints(pattern=r"^(http|https|socks5)://[^\s/]+$", max_length=500)] | None = None
     """`http://`, `https://` or `socks5://` with host, port and, if need be, user and password. Kept; default: none."""
 
+    messages_per_minute: Annotated[int, Field(ge=0, le=6_000)] | None = None
+    """How many messages the session sends in a minute at most; 0: no limit. Kept; default: `[pacing] messages_per_minute`."""
+
     def settings(self) -> dict[str, Any]:
         """What is kept with the session: the given ones."""
         return self.model_dump(exclude={"phone_number"}, exclude_none=True)

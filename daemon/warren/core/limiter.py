@@ -28,8 +28,8 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The last messages: milliseconds since 1970, in order. A clock that was turned back makes nobody wait for the difference: what
-    lies ahead counts as now.
+    """The last messages: milliseconds since 1970, in order. After a clock was turned back, what lies ahead counts as now, so that
+    nobody waits for the difference.
     """
 
     stamps: tuple[int, ...] = ()

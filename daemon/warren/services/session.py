@@ -12,7 +12,7 @@ import base64
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,14 +23,15 @@ from warren.core import events
 from warren.core.backoff import delay
 from warren.core.envelope import CreateArgs, Outcome, timestamp
 from warren.core.frames import EngineEvent
+from warren.core.limiter import Pace, Window
 from warren.core.machine import CAUSES, Cause, IllegalTrigger, State, Trigger, cause_of, step
 from warren.core.names import event_id
 from warren.errors import CommandError, EngineError, StateError
 from warren.ports import Claim, Desired, Incoming, PutSession, SessionRecord, StateDir, Store
 from warren.services.delivery import Delivery
 from warren.services.engines import Engines
-from warren.services.outcomes import Outcomes, Task
-from warren.services.sending import SEND_TIMEOUT_S, RequestSend, SendLane, expired_error
+from warren.services.outcomes import Exhausted, Outcomes, Task
+from warren.services.sending import ACK_GRACE_S, SEND_TIMEOUT_S, Pacer, Pacing, RequestSend, SendLane, expired_error
 
 MAILBOX = 1_000
 """Far above what a healthy session can have waiting: few life-cycle events, and commands are bounded by the prefetch."""
@@ -39,8 +40,6 @@ LOGOUT_TIMEOUT_S = 25.0
 """Above the engine's own 20 s."""
 SEND_GRACE_S = 5.0
 """How long leaving ONLINE waits for the send under way."""
-ACK_GRACE_S = 2.0
-"""How long leaving ONLINE waits for RabbitMQ to confirm outcomes; what is not acked then comes again and is answered anew."""
 SETTLE_TIMEOUT_S = 90.0
 """Longest time from `open` to the first word about it."""
 REPLACED_RETRY_S = 60.0
@@ -57,11 +56,12 @@ class SessionOptions:
     reconnect_cap_s: float = 300.0
     alarm_after: int = 10
     stable_s: float = 60.0
+    pacing: Pacing = field(default_factory=Pacing)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Deps:
-    """What every session shares."""
+    """What every session shares. Only `options` changes, when the configuration is read again."""
 
     store: Store
     state_dir: StateDir
@@ -141,7 +141,7 @@ class Session:
         self._heard = asyncio.Event()
         self._beside: asyncio.Task[None] | None = None
         self._lane: SendLane | None = None
-        self._tries: dict[str, int] = {}
+        self._pacer: Pacer | None = None
         self._stopping: list[Task] = []
         self._halted: asyncio.Future[None] | None = None
         self._removed = False
@@ -274,6 +274,7 @@ class Session:
                 return
             if task.command.expired(self._deps.now()):
                 raise expired_error()
+            await self._deps.outcomes.begin(task)
             match task.command.name:
                 case "create":
                     await self._create(task)
@@ -281,8 +282,15 @@ class Session:
                     await self._disconnect(task)
                 case "logout":
                     await self._logout(task)
+        except Exhausted as e:
+            if await self._deps.outcomes.to_dead(task.incoming, e):
+                self._deps.outcomes.fail(task, e)
+            else:
+                await task.incoming.requeue()
         except CommandError as e:
             self._deps.outcomes.fail(task, e)
+        except StateError as e:
+            self._deps.outcomes.fail(task, CommandError("internal", e.message, hint=e.hint, final=False))
 
     async def _create(self, task: Task) -> None:
         args = task.command.args
@@ -438,10 +446,7 @@ class Session:
             case State.ONLINE:
                 self._heard.set()
                 self._set_timer(self._deps.options.stable_s)
-                self._lane = SendLane(
-                    self.id, self._request_send(self._generation), self._deps.outcomes, self._tries, now=self._deps.now
-                )
-                await self._claim.consume_work()
+                await self._start_sending()
             case State.BACKING_OFF:
                 self._back_off(before)
             case State.REPLACED if not self._replaced_before:
@@ -683,6 +688,23 @@ class Session:
             return await self._deps.engines.request("send", self.id, generation, timeout_s=SEND_TIMEOUT_S + 15.0, **arguments)
 
         return request
+
+    async def _start_sending(self) -> None:
+        if self._pacer is None:
+            window = Window(await self._deps.store.pacing(self.id))
+            self._pacer = Pacer(self.id, window, self._pace, self._deps.now)
+        self._lane = SendLane(
+            self.id,
+            self._request_send(self._generation),
+            self._claim,
+            self._deps.outcomes,
+            self._pacer,
+            refuse=self._deps.options.pacing.on_limit == "refuse",
+            now=self._deps.now,
+        )
+
+    def _pace(self) -> Pace | None:
+        return self._deps.options.pacing.pace(self._record.settings.get("messages_per_minute"))
 
     async def _leave_online(self) -> None:
         self._cancel_timer()
