@@ -9,6 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from warren.core.envelope import Outcome
+from warren.core.metrics import Family
+
 T = TypeVar("T")
 
 # --- RabbitMQ ---------------------------------------------------------------------------------------------------------
@@ -409,6 +412,48 @@ class ObjectStore(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+# --- people and monitoring --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something for an operator. `blocking`: the daemon cannot do its work and is not ready; else it works, with less safety."""
+
+    code: str
+    message: str
+    hint: str
+    blocking: bool = True
+
+
+class Overview(Protocol):
+    """What the HTTP server shows. Nothing here waits or fails."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether no problem is blocking."""
+        ...
+
+    def problems(self) -> list[Problem]: ...
+
+    def families(self) -> list[Family]:
+        """Every metric."""
+        ...
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """Every session's status, by id (docs/message-api.md)."""
+        ...
+
+    def session(self, session: str) -> dict[str, Any] | None: ...
+
+
+class Commanding(Protocol):
+    """How people give commands."""
+
+    async def run(self, command: str, session: str, args: dict[str, Any], timeout_s: float) -> Outcome | None:
+        """Publish a command and wait for its outcome; None: not within the time. Raises CommandError, BrokerUnavailable."""
+        ...
 
 
 # --- engine -----------------------------------------------------------------------------------------------------------
