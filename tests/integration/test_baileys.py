@@ -78,7 +78,7 @@ async def test_baileys_accepts_the_simulator(tmp_path: Path) -> None:
     modules = await asyncio.to_thread(installed)
     # Node looks for packages next to the program, so it is run from a folder that has them.
     (tmp_path / "node_modules").symlink_to(modules)
-    for name in ("package.json", "check.mjs"):
+    for name in ("package.json", "check.mjs", "client.mjs"):
         shutil.copy(SOURCE / name, tmp_path)
     (tmp_path / "state").mkdir()
     async with Simulator(find_engine_binary(None, "warren-sim"), log=tmp_path / "sim.log") as sim:
