@@ -163,7 +163,7 @@ class Daemon:
     @property
     def stop_budget_s(self) -> float:
         """The longest that `stop` takes. systemd's TimeoutStopSec= must be above it."""
-        return sum(self.settings.shutdown.model_dump().values()) + ENGINE_STOP_S + STOP_MARGIN_S
+        return float(sum(self.settings.shutdown.model_dump().values())) + ENGINE_STOP_S + STOP_MARGIN_S
 
     def condition(self) -> Condition:
         """How it is, in one line. Ready: RabbitMQ is reached, and the sessions resume (`start` connects the bus behind them)."""
@@ -185,10 +185,8 @@ class Daemon:
             fleet.use(self._session_deps(lambda _: None).options)
         what = "; ".join(told.taken) or "nothing has changed that can change while it runs"
         logger.bind(action="reloaded").info("The configuration was read again: {}.", what)
-        if any(name in ("log.level", "log.trace") for name in (sentence.split(" ")[0] for sentence in told.taken)):
-            logger.bind(action="reloaded").info(
-                "Engines that run keep their log level; the next ones that start have the new one."
-            )
+        if any(sentence.startswith(("log.level ", "log.trace ")) for sentence in told.taken):
+            logger.bind(action="reloaded").info("Engines that run keep their log level; the next ones have the new one.")
         if told.waiting:
             logger.bind(action="restart_needed").warning("Changed, but only a restart takes it up: {}.", ", ".join(told.waiting))
 

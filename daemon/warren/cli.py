@@ -119,8 +119,8 @@ def _client(args: argparse.Namespace) -> Client:
 
 
 def _url(settings: Settings) -> str:
-    if settings.amqp.url is not None:
-        return settings.amqp.url.get_secret_value()
+    if (address := settings.amqp.address) is not None:
+        return address
     path = settings.state_dir / "rabbitmq" / "url"
     try:
         return path.read_text().strip()
