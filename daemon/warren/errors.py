@@ -48,9 +48,16 @@ class OwnershipError(WarrenError):
 
 
 class StateError(WarrenError):
-    """State on disk exists but cannot be used. Never answered by starting afresh over it."""
+    """State on disk exists but cannot be used. Never answered by starting afresh over it.
+
+    `retryable`: the disk takes no writes now (full, read-only), which says nothing about what is on it.
+    """
 
     code = "state_unreadable"
+
+    def __init__(self, message: str, *, hint: str = "", retryable: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.retryable = retryable
 
 
 class StorageError(WarrenError):

@@ -149,6 +149,10 @@ def test_a_cause_speaks_to_the_operator_and_fits_the_table(cause: Cause) -> None
     assert (State.CONNECTING, cause.trigger) in TABLE
 
 
+def test_a_disk_that_takes_no_writes_is_no_damage() -> None:
+    assert step(State.CONNECTING, CAUSES["disk_trouble"].trigger).to is State.BACKING_OFF
+
+
 def test_an_unknown_reason_is_retried_and_seen() -> None:
     assert cause_of("something_new") is CAUSES["internal"]
     assert cause_of("something_new").trigger is Trigger.LOST

@@ -151,6 +151,8 @@ CAUSES: dict[str, Cause] = {
         Cause(Trigger.LOST, "engine_unavailable", "The engine could not open the session.", _RETRIES),
         Cause(Trigger.LOST, "state_locked", "Another process still has this session's state open.",
               "It is usually an engine that is about to exit. " + _RETRIES),
+        Cause(Trigger.LOST, "disk_trouble", "The disk with the session's state takes no writes.",
+              "Free some space, or make it writable again. " + _RETRIES),
         Cause(Trigger.LOST, "internal", "The engine met an error it did not expect.", "See the log. " + _RETRIES),
         Cause(Trigger.LOST, "failure", "WhatsApp refused the connection.", _RETRIES),
         Cause(Trigger.LOST, "client_outdated", "WhatsApp refuses this version of the client.", "Upgrade warren."),

@@ -12,6 +12,7 @@ StateError, so that a damaged disk is never taken for a session that was not pai
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import re
@@ -29,6 +30,9 @@ from warren.core.names import is_session_id
 from warren.errors import OwnershipError, StateError
 
 T = TypeVar("T")
+
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors that say that nothing can be written now, not that what is there is damaged."""
 
 _EPOCH = re.compile(r"0|[1-9][0-9]{0,17}")
 _STAGED = "restored.db"
@@ -333,4 +337,5 @@ def _unusable(path: Path, error: OSError) -> StateError:
     return StateError(
         f"{path} cannot be used: {error.strerror or error}.",
         hint="Check the owner, mode and free space of `state_dir`, and the system log for errors of the disk.",
+        retryable=error.errno in PASSING,
     )

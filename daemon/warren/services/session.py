@@ -549,8 +549,9 @@ class Session:
             await self._request_close(generation)
             self._lost(generation, e.engine_code if e.engine_code in CAUSES else "engine_unavailable")
         except StateError as e:
-            self._log.bind(action="state_unreadable").error("{}", e)
-            self._lost(generation, "state_unreadable")
+            reason = "disk_trouble" if e.retryable else "state_unreadable"
+            self._log.bind(action=reason).error("{}", e)
+            self._lost(generation, reason)
         except TimeoutError:
             await self._request_close(generation)
             self._lost(generation, "network")
