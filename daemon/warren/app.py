@@ -180,15 +180,16 @@ class Daemon:
         """Take up what of `new` can change while sessions run, and say what cannot."""
         told = self.settings.reloaded(new)
         self.settings = told.settings
-        configure_log(told.settings)
         if (fleet := self._parts.fleet) is not None:
             fleet.use(self._session_deps(lambda _: None).options)
         what = "; ".join(told.taken) or "nothing has changed that can change while it runs"
-        logger.bind(action="reloaded").info("The configuration was read again: {}.", what)
+        # Warnings, so that they are seen at any usual level: somebody has asked, and waits for the answer.
+        logger.bind(action="reloaded").warning("The configuration was read again: {}.", what)
         if any(sentence.startswith(("log.level ", "log.trace ")) for sentence in told.taken):
-            logger.bind(action="reloaded").info("Engines that run keep their log level; the next ones have the new one.")
+            logger.bind(action="reloaded").warning("Engines that run keep their log level; the next ones have the new one.")
         if told.waiting:
             logger.bind(action="restart_needed").warning("Changed, but only a restart takes it up: {}.", ", ".join(told.waiting))
+        configure_log(told.settings)
 
     # --- inside
 
