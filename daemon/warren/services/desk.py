@@ -48,7 +48,8 @@ class Desk:
             raise BrokerUnavailable("RabbitMQ cannot be reached, so nothing was asked.", hint="Try again when it is back.")
         command_id = f"page-{uuid.uuid4().hex}"
         body = {"command": command, "session": session, "id": command_id, "args": args}
-        waiting = self._waiting[command_id] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting[command_id] = waiting
         try:
             await self._publish(session, command_id, orjson.dumps(body))
             async with asyncio.timeout(timeout_s):
