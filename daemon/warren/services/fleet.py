@@ -127,6 +127,7 @@ class Fleet:
         session = Session(record, claim, self._deps)
         self._sessions[session.id], self._claims[session.id] = session, claim
         self._actors[session.id] = asyncio.create_task(session.run(), name=f"session.{session.id}")
+        self._deps.changed(session.id)
         return session
 
     # --- the end of a session
@@ -134,6 +135,7 @@ class Fleet:
     def _on_removed(self, session: Session) -> None:
         self._sessions.pop(session.id, None)
         self._actors.pop(session.id, None)
+        self._deps.changed(session.id)
         self._begin_removal(session.record, self._claims.pop(session.id))
         for incoming in session.abandoned():
             self._on_control(incoming)  # answered like every command for a session that is not there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +78,18 @@ class _Told:
 class Outcomes:
     """Publishes outcomes and settles commands. A command is acked only after RabbitMQ confirmed its outcome event."""
 
-    def __init__(self, bus: Bus, store: Store, delivery: Delivery, topology: Topology) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        store: Store,
+        delivery: Delivery,
+        topology: Topology,
+        *,
+        ended: Callable[[Outcome, float], None] = lambda outcome, seconds: None,
+    ) -> None:
+        """`ended` hears of every outcome that becomes an event, and how many seconds after its command came in."""
         self._bus, self._store, self._delivery, self._topology = bus, store, delivery, topology
+        self._ended = ended
         self._settling: dict[str, dict[asyncio.Task[None], float]] = {}
         """By session; since when the command is with us."""
         self._told: dict[tuple[str, str], _Told] = {}
@@ -135,6 +145,7 @@ class Outcomes:
             also=also,
             awaited=True,
         )
+        self._ended(outcome, time.monotonic() - task.at)
         self._spawn(command.session, self._settle(task, outcome, ticket), task.at)
         return ticket
 
@@ -278,11 +289,13 @@ class Outcomes:
 
     async def _refuse(self, incoming: Incoming, outcome: Outcome, session: str, told_by: str) -> None:
         """`told_by` tells this outcome's event from others with the same command id."""
+        self._ended(outcome, 0.0)
         await self._reply(incoming, outcome)
         await self._end(incoming, session, outcome, told_by)
 
     async def _bury(self, incoming: Incoming, error: CommandError, session: str, command_id: str | None) -> None:
         outcome = Outcome.failed("", command_id, error)
+        self._ended(outcome, 0.0)
         await self._reply(incoming, outcome)
         if await self.to_dead(incoming, error):
             await self._end(incoming, session, outcome, fingerprint("", incoming.body))

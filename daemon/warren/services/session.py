@@ -25,6 +25,7 @@ from warren.core.envelope import CreateArgs, Outcome, timestamp
 from warren.core.frames import EngineEvent
 from warren.core.limiter import Pace, Window
 from warren.core.machine import CAUSES, Cause, IllegalTrigger, State, Trigger, cause_of, step
+from warren.core.metrics import Metrics
 from warren.core.names import event_id
 from warren.errors import CommandError, EngineError, StateError
 from warren.ports import Claim, Desired, Incoming, PutSession, SessionRecord, StateDir, Store
@@ -74,6 +75,9 @@ class Deps:
     now: Callable[[], datetime]
     random01: Callable[[], float]
     on_removed: Callable[[Session], None]
+    metrics: Metrics = field(default_factory=Metrics)
+    changed: Callable[[str], None] = lambda session: None
+    """Hears of a session whose status is not what it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,7 +425,9 @@ class Session:
                 action="state", state=state.value, previous=self.state.value, reason=cause.code if cause else None
             ).info("{} -> {}{}", self.state.value, state.value, f": {cause.message}" if cause else "")
             self._since = self._deps.now()
+            self._deps.metrics.transition(self.state.value, state.value, cause.code if cause else None)
         self.state, self._cause = state, cause
+        self._deps.changed(self.id)
 
     def _told(self, state: State, before: str) -> dict[str, Any]:
         """The data of a state event."""
@@ -676,6 +682,7 @@ class Session:
         arrived = events.inbound(event)
         if arrived.event == "message":
             self._last_message_at = timestamp(self._deps.now())
+            self._deps.changed(self.id)
         ticket = self._deps.delivery.submit(self.id, arrived.event, arrived.data, event_id=arrived.event_id)
         if ticket.safe.done():
             self._deps.engines.answer(event, ok=True)
