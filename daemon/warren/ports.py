@@ -67,7 +67,10 @@ class Claim(Protocol):
         ...
 
     async def consume_work(self) -> None:
-        """Start consuming `warren.session.<id>` (idempotent). Kept up over reconnects."""
+        """Start consuming `warren.session.<id>` (idempotent). Kept up over reconnects.
+
+        Returns at once, or, when the queue has only just been made, when it takes commands: seconds later at most.
+        """
         ...
 
     async def pause_work(self) -> None:

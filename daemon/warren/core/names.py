@@ -66,6 +66,10 @@ class Topology:
     def work_queue(self, session: str) -> str:
         return f"{self.prefix}.session.{session}"
 
+    def new_queue(self, session: str) -> str:
+        """Exists while no command was ever routed to the session's work queue (see `edges.amqp_claim`)."""
+        return f"{self.prefix}.session.{session}.new"
+
     def owner_queue(self, session: str) -> str:
         return f"{self.prefix}.owner.{session}"
 

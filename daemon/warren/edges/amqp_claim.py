@@ -27,7 +27,7 @@ from warren.edges.amqp_link import (
     jitter,
     raise_if_cancelled,
 )
-from warren.edges.amqp_topology import DELIVERY_LIMIT
+from warren.edges.amqp_topology import work_queue_arguments
 from warren.errors import BrokerUnavailable, OwnershipError
 from warren.ports import OnMessage
 
@@ -314,6 +314,7 @@ class AmqpClaim:
         self._owner = names.owner_queue(session)
         self._control = names.control_queue(session)
         self._work = names.work_queue(session)
+        self._new = names.new_queue(session)
         self._log = logger.bind(session=session)
         self._trouble = Repeats("claim.failed")
         self._kept = KeptChannel(gate, options, self._set_up, name=f"claim.{session}", on_failed=self._failed, on_down=self._down)
@@ -322,6 +323,9 @@ class AmqpClaim:
         self._releasing = asyncio.Lock()
         self._intake: Intake | None = None
         self._control_tag: str | None = None
+        self._ripe = False
+        """The work queue has no marker (any more): it may hold commands."""
+        self._ripening: asyncio.Task[None] | None = None
         self._working: KeptChannel | None = None
         """A channel of its own for the work queue, there while its messages are wanted. Closing it returns what is unsettled
         all at once, in order; a cancelled consumer would not (RabbitMQ gives back what crosses the cancel before the rest)."""
@@ -370,21 +374,59 @@ class AmqpClaim:
         names = self._options.topology
         control = await channel.declare_queue(self._control, durable=True, arguments={"x-dead-letter-exchange": names.dead})
         await control.bind(names.control, self.session)
-        work = await channel.declare_queue(
-            self._work,
-            durable=True,
-            arguments={
-                "x-queue-type": "quorum",
-                "x-dead-letter-exchange": names.dead,
-                "x-delivery-limit": DELIVERY_LIMIT,
-            },
-        )
-        await work.bind(names.commands, self.session)
+        new = await self._is_new(link)
+        if new:
+            await channel.declare_queue(self._new, durable=True)
+            await intake.channel.queue_delete(self._work, timeout=self._options.request_timeout_s)
+        work = await channel.declare_queue(self._work, durable=True, arguments=work_queue_arguments(names))
+        if not new:
+            await work.bind(names.commands, self.session)
+            self._ripe = True
         async with self._mutex:
             self._control_tag = await intake.consume(self._control, self._on_control, prefetch=self._options.control_prefetch)
             self._intake = intake
+        if new:
+            self._ripening = asyncio.create_task(self._ripen(intake), name=f"ripen.{self.session}")
         self._trouble.clear()
         self._log.bind(action="claim.held").info("Session {} is claimed.", self.session)
+
+    # A quorum queue of RabbitMQ that is killed within a second of the queue's birth comes back without leader and without what it
+    # had confirmed, for good (see docs/adr/0003-bus.md). So a work queue is bound only when it is older than that; until then a
+    # second queue stands beside it that says so. What has that beside it is empty, and is simply made again.
+
+    async def _is_new(self, link: Link) -> bool:
+        if not self._ripe and await self._exists(link, self._new):
+            return True
+        return not await self._exists(link, self._work)
+
+    async def _exists(self, link: Link, queue: str) -> bool:
+        channel = await link.channel()  # one of its own: RabbitMQ closes it when there is no such queue
+        try:
+            await channel.declare_queue(queue, passive=True)
+        except aiormq.exceptions.ChannelNotFoundEntity as error:
+            if "no queue" in str(error):
+                return False
+            raise  # it is there, but the node of the cluster that has it is down
+        await _discard(channel)
+        return True
+
+    async def _ripen(self, intake: Intake) -> None:
+        """Let commands into the work queue when it is old enough."""
+        timeout_s = self._options.request_timeout_s
+        try:
+            await asyncio.sleep(self._options.ripe_s)
+            async with self._mutex:
+                await intake.channel.queue_delete(self._new, timeout=timeout_s)
+                self._ripe = True
+                await intake.channel.queue_bind(self._work, self._options.topology.commands, self.session, timeout=timeout_s)
+        except (Exception, asyncio.CancelledError) as error:
+            raise_if_cancelled(error)
+            self._kept.lose(error)
+
+    async def _stop_ripening(self) -> None:
+        ripening, self._ripening = self._ripening, None
+        if ripening is not None:
+            await end(ripening)
 
     async def _take_lock(self, link: Link, channel: AbstractChannel) -> None:
         try:
@@ -423,18 +465,22 @@ class AmqpClaim:
             self._on_lock_lost(self.session)
 
     def _down(self) -> None:
+        if self._ripening is not None:
+            self._ripening.cancel()
         self._intake = None
         self._control_tag = None
 
     # --- consuming ----------------------------------------------------------------------------------------------------
 
     async def consume_work(self) -> None:
-        """See `ports.Claim`. Returns at once; consuming begins when the claim is held."""
+        """See `ports.Claim`. Consuming begins when the claim is held."""
         if self._working is None and not self.released.is_set():
             self._working = KeptChannel(
                 self._gate, self._options, self._set_up_work, name=f"work.{self.session}", on_failed=self._work_failed
             )
             self._working.start()
+        if (ripening := self._ripening) is not None:
+            await asyncio.wait({ripening}, timeout=self._options.ripe_s * 2)
 
     async def pause_work(self) -> None:
         """See `ports.Claim`."""
@@ -457,7 +503,8 @@ class AmqpClaim:
         if isinstance(error, TimeoutError):
             error = LinkLost(
                 f"RabbitMQ does not let us consume '{self._work}'.",
-                hint="A quorum queue without leader does not answer; restarting RabbitMQ helps if it was killed.",
+                hint="It has no leader. In a cluster, bring back the nodes that are down. On a single node it is lost with what "
+                "was in it: delete it (rabbitmqctl delete_queue), and warren makes it again.",
             )
         self._trouble(str(describe(error, self._options)))
 
@@ -496,12 +543,14 @@ class AmqpClaim:
         if working is not None:
             await working.stop(quiet=True)
         await self._kept.stop(quiet=True)
+        await self._stop_ripening()
         self.released.set()
 
     async def _give_up(self) -> None:
         # The channels first: what is unsettled is back in its queue before anybody else can take the lock.
         await self.pause_work()
         await self._kept.stop()
+        await self._stop_ripening()
         link, self._lock_link = self._lock_link, None
         if link is not None and not link.closed.is_set():
             await self._drop_lock(link)
@@ -525,6 +574,7 @@ class AmqpClaim:
             if (intake := self._intake) is None:
                 return
             try:
+                await self._stop_ripening()
                 await self._unbind(intake)
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and is_cancelled():
@@ -545,6 +595,7 @@ class AmqpClaim:
                     hint="Try again when RabbitMQ is back.",
                 )
             timeout_s = self._options.request_timeout_s
+            await self._stop_ripening()
             await self._unbind(intake)
             await self.pause_work()
             if self._control_tag is not None:
@@ -554,6 +605,7 @@ class AmqpClaim:
             await self._drain(intake)
             await intake.channel.queue_delete(self._control, timeout=timeout_s)
             await intake.channel.queue_delete(self._work, timeout=timeout_s)
+            await intake.channel.queue_delete(self._new, timeout=timeout_s)
 
     async def _drain(self, intake: Intake) -> None:
         loop = asyncio.get_running_loop()

@@ -42,7 +42,8 @@ class BusOptions:
     """How to reach and use RabbitMQ. Times in seconds.
 
     A dead peer is noticed after 3 x (`heartbeat_s` + 1). `watchdog_s`: the age of an unconfirmed publish at which the
-    connection is given up. `stable_s`: how long things must go well before backoffs start from the beginning.
+    connection is given up. `stable_s`: how long things must go well before backoffs start from the beginning. `ripe_s`: how old
+    a session's work queue must be before it takes commands.
     """
 
     url: str
@@ -58,7 +59,8 @@ class BusOptions:
     backoff_base_s: float = 0.5
     backoff_cap_s: float = 30.0
     claim_cap_s: float = 5.0
-    stable_s: float = 60.0
+    stable_s: float = 10.0
+    ripe_s: float = 1.5
     unrouted_ttl_s: int = 86_400
     unrouted_max: int = 100_000
     remove_timeout_s: float = 30.0

@@ -12,6 +12,13 @@ DELIVERY_LIMIT = 1_000_000
 """RabbitMQ 4 drops a quorum queue's message after 20 deliveries unless told otherwise."""
 
 
+def work_queue_arguments(names: Topology) -> FieldTable:
+    """Of `warren.session.<id>`. Not `x-dead-letter-strategy: at-least-once`: with it RabbitMQ 3.10.8 crashes the leaders of such
+    queues when it recovers from a kill (noproc of rabbit_fifo_dlx_sup, measured), and they stay down.
+    """
+    return {"x-queue-type": "quorum", "x-dead-letter-exchange": names.dead, "x-delivery-limit": DELIVERY_LIMIT}
+
+
 async def declare(channel: AbstractChannel, names: Topology, *, unrouted_ttl_s: int, unrouted_max: int) -> None:
     """Declare everything but the queues of sessions and instances. Repeating it changes nothing.
 
