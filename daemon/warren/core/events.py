@@ -104,7 +104,7 @@ class SendFailure:
 
 UNKNOWN_OUTCOME = frozenset({"timeout", "disconnected", "gone", "no_answer"})
 """Engine codes after which the message may or may not be out: the command is repeated with the same message id."""
-NOT_SENT = frozenset({"not_open", "not_connected", "busy"})
+NOT_SENT = frozenset({"not_open", "not_connected", "busy", "disk_trouble"})
 """Engine codes after which nothing went out: the command goes back to its queue."""
 
 _SEND_FAILURES = {
