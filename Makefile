@@ -21,6 +21,7 @@ help: ## this list
 .PHONY: setup
 setup: .venv/.ready engine/bin/.ready ## everything the other targets need; quick when there is nothing to do
 	@tools/setup-rabbitmq $(RABBITMQ)
+	@tools/setup-systemd
 
 .venv/.ready: requirements-dev.lock pyproject.toml tools/setup-venv
 	@PYTHON="$(PYTHON)" tools/setup-venv

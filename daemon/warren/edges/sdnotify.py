@@ -77,8 +77,8 @@ class ServiceManager:
         """The stop begins. systemd is asked for patience while it goes on, for at most `budget_s`: a stop that hangs is ended."""
         self._stopping_until = time.monotonic() + budget_s
         self._extended = float("-inf")
-        self._send({"STOPPING": "1"})
-        self._tick()
+        self._status = "Stopping."
+        self._send({"STOPPING": "1", "STATUS": self._status} | self._signs_of_life(time.monotonic()))
 
     async def close(self) -> None:
         """No more words."""
