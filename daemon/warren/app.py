@@ -14,10 +14,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
 from warren import __version__
+from warren.core.envelope import Outcome
+from warren.core.metrics import Metrics
 from warren.core.names import Topology
 from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.broker_node import BrokerNode
@@ -30,12 +33,17 @@ from warren.edges.store import SqliteStore
 from warren.errors import WarrenError
 from warren.ports import EngineProcess
 from warren.services.delivery import Delivery, DeliveryOptions
+from warren.services.desk import Desk
 from warren.services.engines import EngineOptions, Engines
 from warren.services.fleet import Fleet, FleetOptions
 from warren.services.gateway import Gateway
+from warren.services.health import Health
 from warren.services.outcomes import Outcomes
 from warren.services.sending import Pacing
 from warren.services.session import Deps, Session, SessionOptions
+
+if TYPE_CHECKING:
+    from warren.edges.http import HttpServer
 
 EXIT_UNCLEAN = 1
 EXIT_CONFIG = 2
@@ -72,6 +80,10 @@ class _Parts:
     outcomes: Outcomes | None = None
     fleet: Fleet | None = None
     gateway: Gateway | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    health: Health | None = None
+    desk: Desk | None = None
+    http: HttpServer | None = None
 
 
 @dataclass(slots=True)
@@ -105,19 +117,31 @@ class Daemon:
         )
         # 5. Engines: the first one now, so that a missing or wrong binary is noticed at the start.
         find_engine_binary(s.engine.path)
-        p.engines = Engines(self._start_engine, self._engine_options(), random01=random.random)
+        p.engines = Engines(self._start_engine, self._engine_options(), random01=random.random, metrics=p.metrics)
         await p.engines.start()
         # 6. Delivery publishes what an earlier run left, before anything new can happen.
         p.delivery = Delivery(
-            p.bus, p.store, topology, self._delivery_options(), now=_now, random01=random.random, disk_ok=self._disk_ok
+            p.bus,
+            p.store,
+            topology,
+            self._delivery_options(),
+            now=_now,
+            random01=random.random,
+            disk_ok=self._disk_ok,
+            metrics=p.metrics,
         )
         await p.delivery.start()
-        p.outcomes = Outcomes(p.bus, p.store, p.delivery, topology)
+        p.desk = Desk(p.bus, topology)
+        p.outcomes = Outcomes(p.bus, p.store, p.delivery, topology, ended=self._ended)
         # 7. The sessions and the way in to them; only then the bus, so that every command finds its session.
         p.fleet = Fleet(p.bus, p.store, self._session_deps, FleetOptions(s.fleet.max_sessions))
         p.gateway = Gateway(p.bus, p.fleet, p.outcomes, topology, s.instance, now=_now)
+        # A port that is taken is noticed before any session connects.
+        p.health = self._make_health()
+        await self._start_http()
         await p.fleet.start(p.gateway.on_command, p.gateway.on_command)
         await p.bus.start()
+        p.health.started = True
         logger.bind(action="ready", instance=s.instance).info("warrend {} is ready.", __version__)
 
     async def stop(self) -> bool:
@@ -126,6 +150,8 @@ class Daemon:
         What is cut is not lost: commands stay in RabbitMQ, events in the outbox, messages at WhatsApp.
         """
         p, budget = self._parts, self.settings.shutdown
+        if p.health is not None:
+            p.health.stopping = True
         # 1. No more commands. RabbitMQ keeps them.
         if p.gateway is not None:
             p.gateway.close()
@@ -146,6 +172,8 @@ class Daemon:
             p.outcomes.cancel()
             await p.delivery.stop()
         # 5. The locks go with the connection; then the disk.
+        if p.http is not None:
+            await p.http.stop()
         if p.bus is not None:
             await p.bus.close()
         if p.store is not None:
@@ -222,6 +250,47 @@ class Daemon:
         await delivery.drain()
         await outcomes.wait()
 
+    def _ended(self, outcome: Outcome, seconds: float) -> None:
+        self._parts.metrics.command(outcome, seconds)
+        if self._parts.desk is not None:
+            self._parts.desk.ended(outcome)
+
+    def _changed(self, session: str) -> None:
+        if self._parts.http is not None:
+            self._parts.http.changed(session)
+
+    def _make_health(self) -> Health:
+        p = self._parts
+        assert p.bus is not None
+        assert p.fleet is not None
+        assert p.delivery is not None
+        assert p.engines is not None
+        return Health(
+            p.bus,
+            p.fleet,
+            p.delivery,
+            p.engines,
+            p.metrics,
+            backups=None,
+            free_bytes=self._free_bytes,
+            min_free_bytes=self.settings.delivery.min_free_disk_mb * 1_000_000,
+            now=_now,
+        )
+
+    async def _start_http(self) -> None:
+        s, p = self.settings.http, self._parts
+        if s.port is None:
+            return
+        # Ten megabytes that only those pay who want it.
+        from warren.edges.http import HttpOptions, HttpServer  # noqa: PLC0415
+
+        assert p.health is not None
+        assert p.desk is not None
+        options = HttpOptions(s.address, s.port, s.token.get_secret_value() if s.token else None)
+        server = HttpServer(p.health, p.desk, options)
+        await server.start()
+        p.http = server
+
     async def _broker_url(self) -> str:
         if (address := self.settings.amqp.address) is not None:
             return address
@@ -272,13 +341,16 @@ class Daemon:
             args += ["--root-key", s.whatsapp.root_key.get_secret_value(), "--ca-file", str(s.whatsapp.ca_file)]
         return await start_engine(find_engine_binary(s.engine.path), args)
 
-    def _disk_ok(self) -> bool:
+    def _free_bytes(self) -> int | None:
         try:
-            free = shutil.disk_usage(self.settings.state_dir).free
+            return shutil.disk_usage(self.settings.state_dir).free
         except OSError as e:
             logger.bind(action="disk_unknown").error("The free space of the state directory cannot be read: {}", e)
-            return False
-        return free > self.settings.delivery.min_free_disk_mb * 1_000_000
+            return None
+
+    def _disk_ok(self) -> bool:
+        free = self._free_bytes()
+        return free is not None and free > self.settings.delivery.min_free_disk_mb * 1_000_000
 
     def _amqp_options(self, url: str, topology: Topology) -> BusOptions:
         a = self.settings.amqp
@@ -328,6 +400,8 @@ class Daemon:
             now=_now,
             random01=random.random,
             on_removed=on_removed,
+            metrics=p.metrics,
+            changed=self._changed,
         )
 
 
