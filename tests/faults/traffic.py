@@ -148,6 +148,13 @@ class Traffic:
             if task.done():
                 task.result()
 
+    async def burst(self, session: str, messages: int, commands: int) -> None:
+        """So many at once instead of one every `period_s`."""
+        await self._sim.send(self._peer, self._numbers[session], f"in {session}", count=messages)
+        self.written[session] += messages
+        for number in range(1, commands + 1):
+            await self._publish(session, number)
+
     async def _write(self, session: str, offset_s: float) -> None:
         async for number in self._numbers_from(offset_s):
             await self._sim.send(self._peer, self._numbers[session], f"in {session} {number}")
@@ -155,11 +162,13 @@ class Traffic:
 
     async def _ask(self, session: str, offset_s: float) -> None:
         async for number in self._numbers_from(offset_s):
-            args = {"to": f"+{self._peer}", "text": f"out {session} {number}"}
-            await self._service.publish(
-                {"command": "send", "session": session, "id": f"{session}-{number}", "args": args}, session
-            )
-            self.asked[session] = number
+            await self._publish(session, number)
+
+    async def _publish(self, session: str, number: int) -> None:
+        args = {"to": f"+{self._peer}", "text": f"out {session} {number}"}
+        body = {"command": "send", "session": session, "id": f"{session}-{number}", "args": args}
+        await self._service.publish(body, session)
+        self.asked[session] = number
 
     async def _numbers_from(self, offset_s: float) -> AsyncIterator[int]:
         loop = asyncio.get_running_loop()

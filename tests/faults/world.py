@@ -85,6 +85,7 @@ class World:
                 "WARREN_RECONNECT__BASE_S": "0.5",
                 "WARREN_RECONNECT__CAP_S": "5",
                 "WARREN_AMQP__CONNECT_TIMEOUT_S": "2",
+                "WARREN_PACING__MESSAGES_PER_MINUTE": "0",
                 "WARREN_ENGINE__SESSIONS_PER_PROCESS": str(max(1, len(self.numbers) // 2)),
                 "WARREN_INSTANCE": "faults",
                 "WARREN_LOG__FORMAT": "json",

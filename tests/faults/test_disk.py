@@ -1,0 +1,103 @@
+"""A disk that is full, read-only or slow, under traffic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.acceptance.rig import until
+from tests.conftest import Broker
+from tests.faults.disk import Disk, damaged
+from tests.faults.traffic import Traffic
+from tests.faults.world import PEER, World
+
+SESSIONS = 4
+PERIOD_S = 0.5
+WRITTEN_MEANWHILE = 10
+FSYNC_MS = 5.0
+BURST_IN, BURST_OUT = 100, 25
+
+
+def errors(log: Path, offset: int) -> list[dict[str, object]]:
+    """The errors that the daemon has logged behind `offset`."""
+    with log.open("rb") as file:
+        file.seek(offset)
+        lines = [line for line in file.read().splitlines() if line.startswith(b"{")]
+    return [entry for entry in map(json.loads, lines) if entry.get("level") == "error"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("mood", "words"), [("full", "full"), ("readonly", "read-only")])
+async def test_disk_that_takes_nothing(
+    tmp_path: Path, own_broker: Broker, report: Callable[[str], None], mood: str, words: str
+) -> None:
+    """A clear error, WhatsApp keeps the messages, and when there is space again nothing was lost."""
+    disk = Disk(tmp_path, tmp_path / "state")
+    async with World(tmp_path, own_broker, f"disk-{mood}", sessions=SESSIONS, **disk.environment) as world:
+        traffic = world.traffic(PERIOD_S)
+        traffic.start()
+        await world.recovered(traffic)
+        logged = world.warrend.log.stat().st_size
+        before = dict(traffic.written)
+        {"full": disk.fill, "readonly": disk.make_readonly}[mood]()
+        await until(lambda: errors(world.warrend.log, logged) != [], "an error in the log")
+
+        def written(more: int) -> bool:
+            return all(traffic.written[s] >= before[s] + more for s in world.numbers)
+
+        await until(lambda: written(WRITTEN_MEANWHILE), "people to write on")
+        # The first may have been on disk a moment before.
+        for session, number in world.numbers.items():
+            pending = await world.sim.pending(number)
+            assert pending >= WRITTEN_MEANWHILE - 2, f"{session}: WhatsApp keeps only {pending}"
+        said = errors(world.warrend.log, logged)
+        assert any(words in str(e["message"]).lower() for e in said), said
+        disk.heal()
+        began = time.monotonic()
+        await world.recovered(traffic)
+        took = time.monotonic() - began
+        await traffic.stop()
+        await world.settled(traffic)
+        counts = await world.count(traffic)
+        lines = [f"disk {words} for a while, {SESSIONS} sessions", *counts.lines(world.ledger)]
+        lines += [f"{'until all sessions passed on messages both ways':58} {took:>9.1f} s"]
+        report("\n".join(["", *lines]))
+        assert counts.offenders() == {}, f"see {world.warrend.log}"
+    assert damaged(tmp_path / "state") == []
+
+
+@pytest.mark.timeout(600)
+async def test_slow_disk(tmp_path: Path, own_broker: Broker, report: Callable[[str], None]) -> None:
+    """Every fsync takes 5 ms more: slower, but nothing times out."""
+    disk = Disk(tmp_path, tmp_path / "state")
+    async with World(tmp_path, own_broker, "disk-slow", sessions=20, **disk.environment) as world:
+        disk.slow_down(FSYNC_MS)
+        traffic = Traffic(world.sim, world.service, PEER, world.numbers, 0.0)
+        await asyncio.gather(*(traffic.burst(s, BURST_IN, BURST_OUT) for s in world.numbers))
+        began = time.monotonic()
+        arrived: dict[str, float] = {}
+
+        def everything() -> bool:
+            now = time.monotonic() - began
+            if all(len(world.ledger.messages[s]) == BURST_IN for s in world.numbers):
+                arrived.setdefault("in", now)
+            if all(len(world.ledger.outcomes[s]) == BURST_OUT for s in world.numbers):
+                arrived.setdefault("out", now)
+            return len(arrived) == 2
+
+        await until(everything, "all messages and outcomes", 300)
+        counts = await world.count(traffic)
+        lines = [
+            f"disk with {FSYNC_MS:g} ms more for each fsync, 20 sessions",
+            *counts.lines(world.ledger),
+            f"{'messages in, a second':58} {20 * BURST_IN / arrived['in']:>9.0f}",
+            f"{'commands, a second':58} {20 * BURST_OUT / arrived['out']:>9.0f}",
+        ]
+        report("\n".join(["", *lines]))
+        assert counts.offenders() == {}, f"see {world.warrend.log}"
+        assert world.ledger.types["disconnected"] == world.ledger.types["health_check_failed"] == 0
+    assert damaged(tmp_path / "state") == []
