@@ -16,42 +16,35 @@ from typing import Any, NoReturn
 import orjson
 
 from warren import __version__
+from warren.cli_base import (
+    CALL_TIMEOUT_S,
+    EXIT_CODES,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    LIST_TIMEOUT_S,
+    Failed,
+    UsageError,
+    broker_url,
+    client_of,
+    complain,
+    exit_status,
+    note,
+    print_json,
+    session_id,
+    settings_of,
+    timeout_of,
+)
 from warren.cli_text import account, because, columns, event_line, outcome_text, parse_time, sessions_table
 from warren.client import Client, NoAnswer, Subscription, broker_address
 from warren.core.envelope import CreateArgs, Outcome
 from warren.core.machine import State
 from warren.core.names import is_session_id
-from warren.edges.settings import Settings, find_engine_binary, load_settings
+from warren.edges.settings import find_engine_binary
 from warren.edges.terminal import QrScreen, printable
-from warren.errors import BrokerUnavailable, CommandError, ConfigError, WarrenError
+from warren.errors import CommandError, ConfigError, WarrenError
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BROKER, EXIT_NO_ANSWER, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
-EXIT_CODES = """\
-exit status:
-  0    it went well
-  1    the command failed; the error says why
-  2    wrong usage or configuration
-  3    RabbitMQ cannot be reached
-  4    no answer in time
-  130  interrupted
-"""
-CALL_TIMEOUT_S = 30.0
-LIST_TIMEOUT_S = 2.0
 SIM_OPTIONS = ("listen", "control", "ca-file", "seed", "log-level")
-
-
-class UsageError(ConfigError):
-    """A command line that argparse does not understand."""
-
-    code = "usage"
-
-
-class Failed(Exception):
-    """A command whose outcome is an error."""
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__()
-        self.outcome = outcome
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,74 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         build_parser().parse_args(words, args)
         return int(args.run(args))
     except Failed as e:
-        return _complain(e.outcome.error or {}, e.outcome.body(), EXIT_FAILED, as_json=args.json)
+        return complain(e.outcome.error or {}, e.outcome.body(), EXIT_FAILED, as_json=args.json)
     except WarrenError as e:
         error = {"code": getattr(e, "reason", e.code), "message": e.message, "hint": e.hint}
-        return _complain(error, {"error": error}, _exit_status(e), as_json=args.json)
+        return complain(error, {"error": error}, exit_status(e), as_json=args.json)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader has seen enough (`warren watch | head`). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-
-
-def _exit_status(error: WarrenError) -> int:
-    match error:
-        case ConfigError():
-            return EXIT_USAGE
-        case BrokerUnavailable():
-            return EXIT_BROKER
-        case NoAnswer():
-            return EXIT_NO_ANSWER
-        case _:
-            return EXIT_FAILED
-
-
-def _complain(error: dict[str, Any], document: dict[str, Any], status: int, *, as_json: bool) -> int:
-    if as_json:
-        _print_json(document)
-    hint = f" hint: {error['hint']}" if error.get("hint") else ""
-    print(printable(f"error: {error.get('message', '')}{hint}"), file=sys.stderr)
-    return status
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(orjson.dumps(document).decode(), flush=True)
-
-
-def _note(text: str) -> None:
-    """For the person, not for what reads stdout."""
-    print(text, file=sys.stderr, flush=True)
-
-
-# --- where RabbitMQ is ------------------------------------------------------------------------------------------------
-
-
-def _settings(args: argparse.Namespace) -> Settings:
-    return load_settings(args.config, {} if args.url is None else {"amqp.url": args.url})
-
-
-def _client(args: argparse.Namespace) -> Client:
-    settings = _settings(args)
-    return Client(_url(settings), settings.amqp.prefix, name="warren-cli")
-
-
-def _url(settings: Settings) -> str:
-    if (address := settings.amqp.address) is not None:
-        return address
-    path = settings.state_dir / "rabbitmq" / "url"
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        raise BrokerUnavailable(
-            f"No [amqp] url is set, and no daemon with a private RabbitMQ runs with the state directory {settings.state_dir}.",
-            hint="Start it with `make run` or `warrend`, from this directory and with the same --config; or give --url.",
-        ) from None
-    except OSError as e:
-        raise BrokerUnavailable(
-            f"The address of the private RabbitMQ cannot be read: {e}.", hint="Run this as the user that the daemon runs as."
-        ) from e
 
 
 # --- session ----------------------------------------------------------------------------------------------------------
@@ -150,13 +85,13 @@ def _command(
 
 
 async def _call(args: argparse.Namespace, name: str, arguments: dict[str, Any]) -> int:
-    async with _client(args) as client:
+    async with client_of(args) as client:
         outcome = await client.call(
             name,
             args.session,
             arguments,
             id=getattr(args, "id", None),
-            timeout_s=_timeout(args, CALL_TIMEOUT_S),
+            timeout_s=timeout_of(args, CALL_TIMEOUT_S),
             expires_in_s=getattr(args, "expires_in", None),
         )
         if not outcome.ok:
@@ -167,13 +102,9 @@ async def _call(args: argparse.Namespace, name: str, arguments: dict[str, Any]) 
     return EXIT_OK
 
 
-def _timeout(args: argparse.Namespace, default: float) -> float:
-    return float(args.timeout or default)
-
-
 def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
     if args.json:
-        _print_json(outcome.body())
+        print_json(outcome.body())
     else:
         print(outcome_text(args.session, outcome))
 
@@ -181,7 +112,7 @@ def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
 def _list(args: argparse.Namespace) -> int:
     sessions = asyncio.run(_listed(args))
     if args.json:
-        _print_json({"sessions": sessions})
+        print_json({"sessions": sessions})
     elif not sessions:
         print("No sessions. `warren session create ID` makes one.")
     else:
@@ -190,8 +121,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 async def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    async with _client(args) as client:
-        return await client.list_sessions(timeout_s=_timeout(args, LIST_TIMEOUT_S))
+    async with client_of(args) as client:
+        return await client.list_sessions(timeout_s=timeout_of(args, LIST_TIMEOUT_S))
 
 
 # --- qr ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +144,7 @@ class Pairing:
             return
         self._qr = data
         if self._json:
-            _print_json({"event": "qr", "data": {k: v for k, v in data.items() if k != "image"}})
+            print_json({"event": "qr", "data": {k: v for k, v in data.items() if k != "image"}})
         elif self._screen is None:
             print(data.get("code"), flush=True)
         self.tick()
@@ -222,7 +153,7 @@ class Pairing:
         """The other way to link: a code to type into the phone."""
         self.clear()
         if self._json:
-            _print_json({"event": "pairing_code", "data": data})
+            print_json({"event": "pairing_code", "data": data})
         elif self._screen is None:
             print(data.get("code"), flush=True)
         else:
@@ -244,12 +175,12 @@ class Pairing:
         """The session is on its way: between two codes, or between the scan and `connected`."""
         self.clear()
         if not self._json:
-            _note(printable(f"{self._session}: {data.get('state')}{because(data)}"))
+            note(printable(f"{self._session}: {data.get('state')}{because(data)}"))
 
     def connected(self, data: dict[str, Any]) -> None:
         self.clear()
         if self._json:
-            _print_json({"event": "connected", "data": data})
+            print_json({"event": "connected", "data": data})
         else:
             print(printable(f"{self._session}: connected as {account(data)}"), flush=True)
 
@@ -261,7 +192,7 @@ class Pairing:
 
 def _qr(args: argparse.Namespace) -> int:
     async def run() -> int:
-        async with _client(args) as client:
+        async with client_of(args) as client:
             return await _pair(args, client)
 
     return asyncio.run(run())
@@ -352,14 +283,14 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 async def _watched(args: argparse.Namespace) -> None:
-    settings = _settings(args)
-    url = _url(settings)
+    settings = settings_of(args)
+    url = broker_url(settings)
     binding = f"{args.what}.*" if is_session_id(args.what) else args.what
     async with Client(url, settings.amqp.prefix, name="warren-watch") as client, client.subscribe(binding, tap=True) as events:
-        _note(f"watching {binding} at {broker_address(url)}; Ctrl-C ends")
+        note(f"watching {binding} at {broker_address(url)}; Ctrl-C ends")
         async for event in events:
             if args.raw or args.json:
-                _print_json(event)
+                print_json(event)
             else:
                 print(printable(event_line(event)), flush=True)
 
@@ -368,9 +299,9 @@ async def _watched(args: argparse.Namespace) -> None:
 
 
 def _check_config(args: argparse.Namespace) -> int:
-    described = _settings(args).describe()
+    described = settings_of(args).describe()
     if args.json:
-        _print_json({"settings": {d.name: {"value": d.value, "source": d.source} for d in described}})
+        print_json({"settings": {d.name: {"value": d.value, "source": d.source} for d in described}})
         return EXIT_OK
     rows = [(d.name, orjson.dumps(d.value).decode(), d.source) for d in described]
     print("\n".join(columns([("SETTING", "VALUE", "FROM"), *rows])))
@@ -393,7 +324,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _version(args: argparse.Namespace) -> int:
     engine = _engine_version(args)
     if args.json:
-        _print_json({"warren": __version__, "engine": engine})
+        print_json({"warren": __version__, "engine": engine})
     else:
         print(f"warren {__version__}\nwarren-engine {engine or 'not found (`make engine` builds it)'}")
     return EXIT_OK
@@ -402,7 +333,7 @@ def _version(args: argparse.Namespace) -> int:
 def _engine_version(args: argparse.Namespace) -> str | None:
     """None when there is no engine here; a machine that only runs the command line needs none."""
     try:
-        program = find_engine_binary(_settings(args).engine.path)
+        program = find_engine_binary(settings_of(args).engine.path)
         ran = subprocess.run([program, "--version"], capture_output=True, timeout=10, check=True)
         told = orjson.loads(ran.stdout)
         return printable(f"{told['engine']} (whatsmeow {told['whatsmeow']})")
@@ -420,12 +351,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} --help`.")
-
-
-def _session_id(text: str) -> str:
-    if not is_session_id(text):
-        raise argparse.ArgumentTypeError(f"`{text}` is no session id: letters, digits and, not first, _ @ + = -; at most 64")
-    return text
 
 
 def _seconds(text: str) -> float:
@@ -481,7 +406,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_session_commands(session.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), add)
     qr = add(commands, "qr", _qr, "draw the QR code of a session, renewed until it is connected", "warren qr acme")
-    qr.add_argument("session", metavar="SESSION", type=_session_id)
+    qr.add_argument("session", metavar="SESSION", type=session_id)
     watch = add(
         commands, "watch", _watch, "show events as they happen (no promise: for people)", "warren watch '*.message' --raw"
     )
@@ -501,7 +426,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser]) -> None:
     def with_id(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub.add_argument("session", metavar="ID", type=_session_id)
+        sub.add_argument("session", metavar="ID", type=session_id)
         sub.add_argument("--id", metavar="COMMAND_ID", help="idempotency key: repeat it to repeat safely (default: a new one)")
         return sub
 
@@ -536,7 +461,7 @@ def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser
     )
     with_id(add(where, "logout", _command("logout"), "unlink the device and forget the session", "warren session logout acme"))
     status = add(where, "status", _command("status"), "what one session does", "warren session status acme")
-    status.add_argument("session", metavar="ID", type=_session_id)
+    status.add_argument("session", metavar="ID", type=session_id)
     add(where, "list", _list, "the sessions of all daemons", "warren session list --json")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from warren import cli, client
+from warren import cli, cli_base, client
 from warren.cli import main
 
 NOWHERE = "amqp://guest:geheim@127.0.0.1:1/"
@@ -155,7 +155,7 @@ def test_an_interrupted_command_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_settings", interrupted)
+    monkeypatch.setattr(cli_base, "load_settings", interrupted)
     assert main(["check-config"]) == 130
 
 
