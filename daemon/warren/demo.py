@@ -85,7 +85,15 @@ class Warrend:
     def engine_pids(self) -> list[int]:
         """The daemon's engine processes, as the kernel knows them."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in children if "warren-engine" in Path(f"/proc/{pid}/cmdline").read_text()]
+        return [int(pid) for pid in children if "warren-engine" in _command_line(pid)]
+
+
+def _command_line(pid: str) -> str:
+    """Empty when the process has gone meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 class Demo:
