@@ -5,6 +5,7 @@ Without any variables: the small edition that CI runs. `make faults` sets the nu
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Plan:
     seed: int
 
 
+@functools.cache
 def plan() -> Plan:
     return Plan(
         rounds=int(os.environ.get("ROUNDS") or 5),

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from tests.acceptance.rig import Rig, until
 from tests.conftest import Broker
+from tests.faults.world import row
 from tests.proxy import Proxy
 
 from warren.core.backoff import delay
@@ -22,7 +23,7 @@ STORM_S = 60.0
 
 
 @pytest.mark.timeout(600)
-async def test_frozen_connections_are_found(tmp_path: Path, broker: Broker, report: Callable[[str], None]) -> None:
+async def test_frozen_connections_are_found(tmp_path: Path, broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     """Ten connections freeze; each is found, told of and replaced, and what was written meanwhile arrives."""
     frozen, healthy = [f"f{n}" for n in range(10)], "fine"
     async with Rig(tmp_path, broker.url, "frozen", WARREN_RECONNECT__BASE_S="0.5") as rig:
@@ -51,7 +52,8 @@ async def test_frozen_connections_are_found(tmp_path: Path, broker: Broker, repo
         assert rig.got.of("health_check_failed", healthy) == rig.got.of("disconnected", healthy) == []
         assert rig.got.sequence_faults == []
         seconds = sorted(found.values())
-        report(f"\nfrozen connections found: {len(seconds)}; p50 {statistics.median(seconds):.0f} s, max {seconds[-1]:.0f} s")
+        times = f"p50 {statistics.median(seconds):.0f} s, max {seconds[-1]:.0f} s, must be under {FOUND_S:g} s"
+        report("frozen connections to WhatsApp", [row("found", len(seconds), times)])
         assert seconds[-1] < FOUND_S
 
 
@@ -64,7 +66,7 @@ def attempts_within(seconds: float, *, base_s: float, cap_s: float) -> int:
 
 
 @pytest.mark.timeout(300)
-async def test_accept_and_close_makes_no_storm(tmp_path: Path, broker: Broker, report: Callable[[str], None]) -> None:
+async def test_accept_and_close_makes_no_storm(tmp_path: Path, broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     """WhatsApp and RabbitMQ both accept connections and close them, for a minute; with the default settings."""
     sessions = [f"a{n}" for n in range(10)]
     parts = urlsplit(broker.url)
@@ -85,9 +87,10 @@ async def test_accept_and_close_makes_no_storm(tmp_path: Path, broker: Broker, r
             attempts = proxy.accepted - accepted
             most = len(sessions) * attempts_within(STORM_S, base_s=5.0, cap_s=300.0)
             most_amqp = attempts_within(STORM_S, base_s=0.5, cap_s=30.0)
+            whatsapp = row(f"connections to WhatsApp by {len(sessions)} sessions", strikes, f"at most {most}")
             report(
-                f"\naccept-and-close for {STORM_S:g} s: {strikes} connections to WhatsApp by {len(sessions)} sessions (at most "
-                f"{most}), {attempts} to RabbitMQ (at most {most_amqp})"
+                f"accept-and-close for {STORM_S:g} s",
+                [whatsapp, row("connections to RabbitMQ", attempts, f"at most {most_amqp}")],
             )
             assert len(sessions) <= strikes <= most
             assert 1 <= attempts <= most_amqp

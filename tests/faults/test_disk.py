@@ -13,7 +13,7 @@ from tests.acceptance.rig import until
 from tests.conftest import Broker
 from tests.faults.disk import Disk, damaged
 from tests.faults.traffic import Traffic
-from tests.faults.world import PEER, World
+from tests.faults.world import PEER, World, row
 
 SESSIONS = 4
 PERIOD_S = 0.5
@@ -33,7 +33,7 @@ def errors(log: Path, offset: int) -> list[dict[str, object]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("mood", "words"), [("full", "full"), ("readonly", "read-only")])
 async def test_disk_that_takes_nothing(
-    tmp_path: Path, own_broker: Broker, report: Callable[[str], None], mood: str, words: str
+    tmp_path: Path, own_broker: Broker, report: Callable[[str, list[str]], None], mood: str, words: str
 ) -> None:
     """A clear error, WhatsApp keeps the messages, and when there is space again nothing was lost."""
     disk = Disk(tmp_path, tmp_path / "state")
@@ -63,15 +63,14 @@ async def test_disk_that_takes_nothing(
         await traffic.stop()
         await world.settled(traffic)
         counts = await world.count(traffic)
-        lines = [f"disk {words} for a while, {SESSIONS} sessions", *counts.lines(world.ledger)]
-        lines += [f"{'until all sessions passed on messages both ways':58} {took:>9.1f} s"]
-        report("\n".join(["", *lines]))
+        recovered = row("seconds until all sessions passed on messages both ways", round(took, 1))
+        report(f"disk {words} for a while, {SESSIONS} sessions", [*counts.lines(world.ledger), recovered])
         assert counts.offenders() == {}, f"see {world.warrend.log}"
     assert damaged(tmp_path / "state") == []
 
 
 @pytest.mark.timeout(600)
-async def test_slow_disk(tmp_path: Path, own_broker: Broker, report: Callable[[str], None]) -> None:
+async def test_slow_disk(tmp_path: Path, own_broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     """Every fsync takes 5 ms more: slower, but nothing times out."""
     disk = Disk(tmp_path, tmp_path / "state")
     async with World(tmp_path, own_broker, "disk-slow", sessions=20, **disk.environment) as world:
@@ -92,12 +91,11 @@ async def test_slow_disk(tmp_path: Path, own_broker: Broker, report: Callable[[s
         await until(everything, "all messages and outcomes", 300)
         counts = await world.count(traffic)
         lines = [
-            f"disk with {FSYNC_MS:g} ms more for each fsync, 20 sessions",
             *counts.lines(world.ledger),
-            f"{'messages in, a second':58} {20 * BURST_IN / arrived['in']:>9.0f}",
-            f"{'commands, a second':58} {20 * BURST_OUT / arrived['out']:>9.0f}",
+            row("messages in, a second", round(20 * BURST_IN / arrived["in"])),
+            row("commands, a second", round(20 * BURST_OUT / arrived["out"])),
         ]
-        report("\n".join(["", *lines]))
+        report(f"disk with {FSYNC_MS:g} ms more for each fsync, 20 sessions", lines)
         assert counts.offenders() == {}, f"see {world.warrend.log}"
         assert world.ledger.types["disconnected"] == world.ledger.types["health_check_failed"] == 0
     assert damaged(tmp_path / "state") == []

@@ -12,7 +12,7 @@ import pytest
 from tests.acceptance.rig import until
 from tests.conftest import Broker
 from tests.faults.plan import plan
-from tests.faults.world import World
+from tests.faults.world import World, row
 
 PLAN = plan()
 SESSIONS = 20
@@ -21,9 +21,8 @@ SAMPLES = 20
 
 
 @pytest.mark.timeout(600 + 2 * PLAN.outage_s)
-async def test_outage(tmp_path: Path, own_broker: Broker, report: Callable[[str], None]) -> None:
+async def test_outage(tmp_path: Path, own_broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     """0 lost, in order, and memory stays flat: what waits is on disk."""
-    report(f"\noutage of RabbitMQ: {PLAN.outage_s:g} s, {SESSIONS} sessions")
     async with World(tmp_path, own_broker, "outage", sessions=SESSIONS) as world:
         traffic = world.traffic(PERIOD_S)
         traffic.start(commands=False)
@@ -42,13 +41,12 @@ async def test_outage(tmp_path: Path, own_broker: Broker, report: Callable[[str]
         kept = behind - before
         rise = growth(memory)
         lines = [
-            f"RabbitMQ away for {PLAN.outage_s:g} s, {SESSIONS} sessions",
             *counts.lines(world.ledger),
-            f"{'messages that waited on disk':58} {kept:>9}",
-            f"{'until all of them were at the subscriber':58} {took:>9.1f} s, {kept / took:.0f} a second",
-            f"{'memory of daemon and engines, in the course of it':58} {memory[0]:>9.1f} MB, {memory[-1]:.1f} MB at the end",
+            row("messages that waited on disk", kept),
+            row("seconds until all of them were at the subscriber", round(took, 1), f"{kept / took:.0f} a second"),
+            row("MB of daemon and engines in the beginning", round(memory[0]), f"at the end {memory[-1]:.0f}"),
         ]
-        report("\n".join(["", *lines]))
+        report(f"RabbitMQ away for {PLAN.outage_s:g} s, {SESSIONS} sessions", lines)
         assert counts.offenders() == {}, f"see {world.warrend.log}"
         assert rise < allowed_growth_mb(memory), memory
 

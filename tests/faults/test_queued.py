@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.acceptance.rig import Rig, until
 from tests.conftest import Broker
+from tests.faults.world import row
 
 PEER = "15559990000"
 QUEUED = 500
@@ -20,7 +21,7 @@ ASKED = 20
 
 
 @pytest.mark.timeout(300)
-async def test_queued_sends_hold_up_nobody(tmp_path: Path, broker: Broker, report: Callable[[str], None]) -> None:
+async def test_queued_sends_hold_up_nobody(tmp_path: Path, broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     async with Rig(tmp_path, broker.url, "queued", WARREN_PACING__MESSAGES_PER_MINUTE=str(A_MINUTE)) as rig:
         await rig.pair("acme", "15550005001")
         await rig.sim.add_phone(PEER, "Peer")
@@ -51,10 +52,12 @@ async def test_queued_sends_hold_up_nobody(tmp_path: Path, broker: Broker, repor
 
         await until(lambda: len(outcomes()) == QUEUED, "an outcome of every command", 90)
         assert set(outcomes().values()) == {1}
-        report(
-            f"\n{QUEUED} queued sends at {A_MINUTE} a minute: {sent} sent in {minutes} min, "
-            f"`status` at most {max(status_s):.2f} s of {ASKED}, `logout` {logout_s:.1f} s"
-        )
+        lines = [
+            row(f"sent within {minutes} min", sent, f"at most {A_MINUTE * minutes}"),
+            row("seconds of the slowest `status`", round(max(status_s), 2), f"of {ASKED}, must be under {STATUS_S:g}"),
+            row("seconds of `logout`", round(logout_s, 2), f"must be under {LOGOUT_S:g}"),
+        ]
+        report(f"{QUEUED} queued sends at {A_MINUTE} a minute", lines)
         assert sent <= A_MINUTE * minutes
         assert max(status_s) < STATUS_S
         assert logout_s < LOGOUT_S

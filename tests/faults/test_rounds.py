@@ -18,10 +18,12 @@ PERIOD_S = 1.0
 
 
 @pytest.mark.timeout(600 + 180 * PLAN.rounds)
-async def test_rounds(tmp_path: Path, own_broker: Broker, report: Callable[[str], None]) -> None:
+async def test_rounds(
+    tmp_path: Path, own_broker: Broker, progress: Callable[[str], None], report: Callable[[str, list[str]], None]
+) -> None:
     chance = random.Random(PLAN.seed)
     recoveries = Recoveries()
-    report(f"\nfaults: {PLAN.rounds} rounds, {SESSIONS} sessions, SEED={PLAN.seed}")
+    progress(f"\nfaults: {PLAN.rounds} rounds, {SESSIONS} sessions, SEED={PLAN.seed}")
     async with World(tmp_path, own_broker, "faults", sessions=SESSIONS) as world:
         disturbances = Disturbances(world, chance)
         traffic = world.traffic(PERIOD_S)
@@ -37,11 +39,10 @@ async def test_rounds(tmp_path: Path, own_broker: Broker, report: Callable[[str]
                 with recoveries.timed(kind):
                     await strike()
                     await world.recovered(traffic)
-            report(f"round {number}: {sum(traffic.written.values())} messages in, {sum(traffic.asked.values())} commands")
+            progress(f"round {number}: {sum(traffic.written.values())} messages in, {sum(traffic.asked.values())} commands")
         await traffic.stop()
         await world.settled(traffic)
         counts = await world.count(traffic)
-        table = [f"{PLAN.rounds} rounds of {len(disturbances.kinds)} disturbances, {SESSIONS} sessions, SEED={PLAN.seed}"]
-        table += [*counts.lines(world.ledger), *recoveries.lines()]
-        report("\n".join(["", *table]))
+        title = f"{PLAN.rounds} rounds of {len(disturbances.kinds)} disturbances, {SESSIONS} sessions, messages both ways"
+        report(title, [*counts.lines(world.ledger), *recoveries.lines()])
         assert counts.offenders() == {}, f"SEED={PLAN.seed}; see {world.warrend.log}"

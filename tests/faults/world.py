@@ -262,17 +262,14 @@ class Counts:
         return {what: value if isinstance(value, int) else value[:10] for what, value in self.must_be_zero().items() if value}
 
     def lines(self, ledger: Ledger) -> list[str]:
-        zero = [
-            f"{what:58} {value if isinstance(value, int) else len(value):>9}  must be 0"
-            for what, value in self.must_be_zero().items()
-        ]
+        counted = {what: value if isinstance(value, int) else len(value) for what, value in self.must_be_zero().items()}
         return [
-            *zero,
-            f"{'messages from phones':58} {self.messages:>9}",
-            f"{'commands':58} {self.commands:>9}",
-            f"{'stanzas repeated':58} {self.stanzas_repeated:>9}",
-            f"{'deliveries repeated, with the same event id':58} {ledger.repeated:>9}",
-            f"{'events':58} {sum(ledger.types.values()):>9}",
+            *(row(what, n, "must be 0") for what, n in counted.items()),
+            row("messages from phones", self.messages),
+            row("commands", self.commands),
+            row("stanzas repeated", self.stanzas_repeated),
+            row("deliveries repeated, with the same event id", ledger.repeated),
+            row("events", sum(ledger.types.values())),
         ]
 
 
@@ -342,9 +339,14 @@ class Recoveries:
 
     def lines(self) -> list[str]:
         return [
-            f"{'recovery after ' + kind:58} {len(s):>9}  p50 {statistics.median(s):.1f} s, max {max(s):.1f} s"
+            row(f"recovery after {kind}", len(s), f"p50 {statistics.median(s):.1f} s, max {max(s):.1f} s")
             for kind, s in sorted(self._seconds.items())
         ]
+
+
+def row(what: str, figure: float, note: str = "") -> str:
+    """A line of the table."""
+    return f"{what:60} {figure:>9.10g}  {note}".rstrip()
 
 
 def _doubled(numbers: list[int]) -> bool:
