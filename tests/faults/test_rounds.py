@@ -12,15 +12,16 @@ from tests.conftest import Broker
 from tests.faults.plan import plan
 from tests.faults.world import Disturbances, Recoveries, World
 
+Progress = Callable[[str], None]
+Report = Callable[[str, list[str]], None]
+
 PLAN = plan()
 SESSIONS = 20
 PERIOD_S = 1.0
 
 
 @pytest.mark.timeout(600 + 180 * PLAN.rounds)
-async def test_rounds(
-    tmp_path: Path, own_broker: Broker, progress: Callable[[str], None], report: Callable[[str, list[str]], None]
-) -> None:
+async def test_rounds(tmp_path: Path, own_broker: Broker, progress: Progress, report: Report) -> None:
     chance = random.Random(PLAN.seed)
     recoveries = Recoveries()
     progress(f"\nfaults: {PLAN.rounds} rounds, {SESSIONS} sessions, SEED={PLAN.seed}")
