@@ -52,7 +52,7 @@ async def measure(bus: AmqpBus, names: Topology, round_: int) -> tuple[int, list
 async def run(url: str) -> None:
     names = Topology("bench")
     options = BusOptions(url=url, topology=names, instance="bench")
-    bus = AmqpBus(options, on_unclaimed=print, on_query=print, on_lock_lost=print)
+    bus = AmqpBus(options, on_unclaimed=print, on_query=print, on_dead=print, on_lock_lost=print)
     await bus.start()
     await asyncio.wait_for(bus.connected.wait(), 10)
     async with await aio_pika.connect(url) as peer:

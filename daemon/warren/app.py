@@ -113,6 +113,7 @@ class Daemon:
             self._amqp_options(url, topology),
             on_unclaimed=lambda m: p.gateway.on_unclaimed(m) if p.gateway else None,
             on_query=lambda m: p.gateway.on_query(m) if p.gateway else None,
+            on_dead=lambda m, reason: p.gateway.on_dead(m, reason) if p.gateway else None,
             on_lock_lost=_lock_lost,
         )
         # 5. Engines: the first one now, so that a missing or wrong binary is noticed at the start.

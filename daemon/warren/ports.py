@@ -50,6 +50,12 @@ OnMessage = Callable[[Incoming], None]
 """Called in the event loop, for each message in order; it must only hand over (it may not block, await or raise)."""
 
 
+OnDead = Callable[[Incoming, str], None]
+"""The same for what came to the dead queue: with RabbitMQ's word for why it put it there ("expired", ...), or "" when that was
+not RabbitMQ.
+"""
+
+
 class Claim(Protocol):
     """One session's hold on RabbitMQ: the ownership lock, its two queues, its consumers, on a channel of its own.
 

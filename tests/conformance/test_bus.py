@@ -54,6 +54,7 @@ class Station:
     names: Topology
     heard: dict[str, list[Incoming]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    dead: list[tuple[Incoming, str]] = field(default_factory=list)
 
     def ear(self, name: str) -> Callable[[Incoming], None]:
         return self.heard.setdefault(name, []).append
@@ -114,8 +115,15 @@ async def station(broker: Broker, names: Topology) -> AsyncIterator[MakeStation]
         )
         heard: dict[str, list[Incoming]] = {"unclaimed": [], "query": []}
         lost: list[str] = []
-        bus = AmqpBus(settings, on_unclaimed=heard["unclaimed"].append, on_query=heard["query"].append, on_lock_lost=lost.append)
-        one = Station(bus, names, heard, lost)
+        dead: list[tuple[Incoming, str]] = []
+        bus = AmqpBus(
+            settings,
+            on_unclaimed=heard["unclaimed"].append,
+            on_query=heard["query"].append,
+            on_dead=lambda incoming, reason: dead.append((incoming, reason)),
+            on_lock_lost=lost.append,
+        )
+        one = Station(bus, names, heard, lost, dead)
         await bus.start()
         made.append(one)
         if connect:
@@ -358,6 +366,38 @@ async def test_replies_reach_their_queue_and_bad_ones_disturb_nothing(
         return (b"again", "c2") in replies
 
     await until_async(answered)
+
+
+async def test_what_rabbitmq_ends_itself_is_told_with_its_reason(
+    station: MakeStation, peer: AbstractChannel, names: Topology
+) -> None:
+    one = await station(dead_max=2)
+    await one.claim("acme")
+
+    async def publish(exchange: str, key: str, message_id: str, **more: Any) -> None:
+        message = aio_pika.Message(b"{}", message_id=message_id, delivery_mode=2, reply_to="me", **more)
+        await (await peer.get_exchange(exchange, ensure=False)).publish(message, key, mandatory=False)
+
+    await publish(names.commands, "acme", "work", expiration=0.05, headers={"x-death": "forged", "x-warren-reason": "forged"})
+    await until(lambda: len(one.dead) == 1)
+    (notice, reason) = one.dead[0]
+    assert reason == "expired"
+    assert (notice.exchange, notice.routing_key, notice.message_id, notice.reply_to) == (names.commands, "acme", "work", "me")
+    # What one of us buries has no death of RabbitMQ's.
+    assert await one.publish(names.dead, "acme", "buried") is Published.CONFIRMED
+    await publish(names.dead, "acme", "strange", headers={"x-death": [{"reason": 1}, "?"]})
+    await until(lambda: len(one.dead) == 3)
+    assert [(n.message_id, n.exchange, reason) for n, reason in one.dead[1:]] == [
+        ("buried", names.dead, ""),
+        ("strange", names.dead, ""),
+    ]
+    for notice, _ in one.dead[:2]:
+        await notice.ack()
+    await one.bus.close()
+    assert await depth(peer, names.dead) == 2, "bounded"
+    # What was not settled comes again.
+    again = await station(dead_max=2)
+    await until(lambda: [n.message_id for n, _ in again.dead] == ["strange"])
 
 
 # --- claims -----------------------------------------------------------------------------------------------------------

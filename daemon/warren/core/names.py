@@ -60,6 +60,11 @@ class Topology:
     def dead(self) -> str:
         return f"{self.prefix}.dead"
 
+    @property
+    def notices(self) -> str:
+        """A copy of what comes to `dead`, from which the daemon tells the outcome of what RabbitMQ itself put there."""
+        return f"{self.prefix}.dead.notices"
+
     def control_queue(self, session: str) -> str:
         return f"{self.prefix}.control.{session}"
 

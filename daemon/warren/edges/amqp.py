@@ -16,12 +16,12 @@ from aio_pika.abc import AbstractChannel
 from loguru import logger
 
 from warren.core.backoff import delay
-from warren.edges.amqp_claim import AmqpClaim, Gate, Intake, KeptChannel
+from warren.edges.amqp_claim import AmqpClaim, Delivery, Gate, Intake, KeptChannel
 from warren.edges.amqp_link import BusOptions, Link, LinkLost, Repeats, bounded, describe, end, jitter, raise_if_cancelled
 from warren.edges.amqp_publish import Publisher, Replier
 from warren.edges.amqp_topology import declare
 from warren.errors import BrokerUnavailable, OwnershipError
-from warren.ports import OnMessage, Published
+from warren.ports import Incoming, OnDead, OnMessage, Published
 
 __all__ = ["AmqpBus", "BusOptions"]
 
@@ -33,9 +33,9 @@ POLITE_S: Final = 1.0
 class AmqpBus:
     """`ports.Bus` on RabbitMQ. `start` and `close` once each, in one event loop.
 
-    `on_unclaimed` gets commands for sessions nobody serves, `on_query` those of the queries exchange; `on_lock_lost`
-    hears, once, that somebody else verifiably holds a session claimed here (the claim goes on trying). All are called
-    in the event loop and must not block or raise.
+    `on_unclaimed` gets commands for sessions nobody serves, `on_query` those of the queries exchange, `on_dead` copies of what
+    goes to the dead queue; `on_lock_lost` hears, once, that somebody else verifiably holds a session claimed here (the claim goes
+    on trying). All are called in the event loop and must not block or raise.
     """
 
     def __init__(
@@ -44,12 +44,14 @@ class AmqpBus:
         *,
         on_unclaimed: OnMessage,
         on_query: OnMessage,
+        on_dead: OnDead,
         on_lock_lost: Callable[[str], None],
     ) -> None:
         self._options = options
         self._endpoint = options.endpoint  # fails here for a URL that is none
         self._on_unclaimed = on_unclaimed
         self._on_query = on_query
+        self._on_dead = on_dead
         self._on_lock_lost = on_lock_lost
         self._connected = asyncio.Event()
         self._gate = Gate()
@@ -175,7 +177,13 @@ class AmqpBus:
     async def _declare(self, link: Link) -> None:
         channel = await link.channel()
         options = self._options
-        work = declare(channel, options.topology, unrouted_ttl_s=options.unrouted_ttl_s, unrouted_max=options.unrouted_max)
+        work = declare(
+            channel,
+            options.topology,
+            unrouted_ttl_s=options.unrouted_ttl_s,
+            unrouted_max=options.unrouted_max,
+            dead_max=options.dead_max,
+        )
         await bounded(work, options.request_timeout_s)
         await bounded(channel.close(), options.request_timeout_s)
 
@@ -187,12 +195,17 @@ class AmqpBus:
     async def _set_up_common(self, link: Link, channel: AbstractChannel, intake: Intake) -> None:
         options, names = self._options, self._options.topology
         await intake.consume(names.unclaimed, self._on_unclaimed, prefetch=options.control_prefetch)
+        await intake.consume(names.notices, self._on_notice, prefetch=options.control_prefetch)
         # A name for each connection: an exclusive queue of our own half-open last one would lock us out for half a minute.
         queries = await channel.declare_queue(
             names.queries_queue(f"{options.instance}.{uuid.uuid4().hex[:8]}"), exclusive=True, auto_delete=True
         )
         await queries.bind(names.queries)
         await intake.consume(queries.name, self._on_query, prefetch=options.control_prefetch)
+
+    def _on_notice(self, notice: Incoming) -> None:
+        assert isinstance(notice, Delivery)
+        self._on_dead(notice, notice.died())
 
     def _common_failed(self, error: BaseException) -> None:
         trouble = describe(error, self._options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, Protocol
 
@@ -71,7 +71,7 @@ class Delivery:
     """An unsettled message (`ports.Incoming`)."""
 
     __slots__ = (
-        "_intake", "_settled", "_tag", "body", "correlation_id", "exchange", "message_id", "redelivered", "reply_to",
+        "_intake", "_settled", "_tag", "body", "correlation_id", "exchange", "headers", "message_id", "redelivered", "reply_to",
         "routing_key",
     )  # fmt: skip
 
@@ -89,6 +89,18 @@ class Delivery:
         self.reply_to: str | None = properties.reply_to
         self.correlation_id: str | None = properties.correlation_id
         self.redelivered: bool = bool(delivery.redelivered)
+        self.headers: Mapping[str, object] = properties.headers or {}
+
+    def died(self) -> str:
+        """Why RabbitMQ ended this message, in its own word ("expired", ...); "" when it was not RabbitMQ.
+
+        From then on `exchange` is the one that the client published to.
+        """
+        match self.headers.get("x-death"):
+            case [{"reason": str(reason), "exchange": str(exchange)}, *_]:  # the last death comes first
+                self.exchange = exchange
+                return reason
+        return ""
 
     async def ack(self) -> None:
         await self._settle(requeue=False)

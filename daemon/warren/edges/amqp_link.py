@@ -63,6 +63,7 @@ class BusOptions:
     ripe_s: float = 1.5
     unrouted_ttl_s: int = 86_400
     unrouted_max: int = 100_000
+    dead_max: int = 100_000
     remove_timeout_s: float = 30.0
     close_timeout_s: float = 5.0
 

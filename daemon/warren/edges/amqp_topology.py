@@ -19,7 +19,7 @@ def work_queue_arguments(names: Topology) -> FieldTable:
     return {"x-queue-type": "quorum", "x-dead-letter-exchange": names.dead, "x-delivery-limit": DELIVERY_LIMIT}
 
 
-async def declare(channel: AbstractChannel, names: Topology, *, unrouted_ttl_s: int, unrouted_max: int) -> None:
+async def declare(channel: AbstractChannel, names: Topology, *, unrouted_ttl_s: int, unrouted_max: int, dead_max: int) -> None:
     """Declare everything but the queues of sessions and instances. Repeating it changes nothing.
 
     Raises aiormq's ChannelPreconditionFailed when something exists with other properties (and closes the channel).
@@ -38,8 +38,11 @@ async def declare(channel: AbstractChannel, names: Topology, *, unrouted_ttl_s: 
 
     unclaimed = await channel.declare_queue(names.unclaimed, durable=True, arguments={"x-dead-letter-exchange": names.dead})
     await unclaimed.bind(names.unclaimed)
-    dead = await channel.declare_queue(names.dead, durable=True)
+    dead = await channel.declare_queue(names.dead, durable=True, arguments={"x-max-length": dead_max, "x-overflow": "drop-head"})
     await dead.bind(names.dead)
+    # Not bounded: each of these is a command that still needs its outcome, as it did in the queue that it comes from.
+    notices = await channel.declare_queue(names.notices, durable=True)
+    await notices.bind(names.dead)
     unrouted = await channel.declare_queue(
         names.unrouted,
         durable=True,

@@ -25,6 +25,30 @@ def _being_removed() -> CommandError:
     return CommandError("session_not_found", "The session is being removed.", hint="Publish `create` again.", final=False)
 
 
+def _lapsed(reason: str) -> CommandError:
+    """Why a command failed that RabbitMQ itself ended."""
+    match reason:
+        case "expired":
+            return CommandError(
+                "expired",
+                "The command expired in RabbitMQ, by an `expiration` or a policy, before it was its turn.",
+                hint="Publish it again with a new id if it still matters.",
+            )
+        case "delivery_limit":
+            return CommandError(
+                "gave_up",
+                "RabbitMQ gave the command up: it was delivered too often.",
+                hint="It may have had its effect. Repeating it with the same id has it once.",
+                final=False,
+            )
+    return CommandError(
+        "internal",
+        f"RabbitMQ dropped the command ({reason}).",
+        hint="Look for policies that limit the length of the session's queues; then publish it again.",
+        final=False,
+    )
+
+
 class Gateway:
     """The callbacks that the bus calls for each command. They hand over; work for nobody's sessions runs in one task."""
 
@@ -81,16 +105,23 @@ class Gateway:
             outcome = Outcome("list", task.command.id, {"instance": self._instance, "sessions": self._fleet.statuses()})
         self._outcomes.answer(incoming, outcome)
 
+    def on_dead(self, incoming: Incoming, reason: str) -> None:
+        """A copy of what went to the dead queue. What RabbitMQ itself put there has no outcome yet; what we did has its own."""
+        if not reason:
+            self._outcomes.drop(incoming)
+        elif (task := self._decoded(incoming, dead=True)) is not None:
+            self._outcomes.lapse(task, _lapsed(reason))
+
     # --- inside
 
-    def _decoded(self, incoming: Incoming) -> Task | None:
+    def _decoded(self, incoming: Incoming, *, dead: bool = False) -> Task | None:
         if not self._open:
             return None
         origin = Origin(self._kinds.get(incoming.exchange, ""), incoming.routing_key, incoming.message_id)
         try:
             command = decode_command(incoming.body, origin)
         except Rejected as e:
-            self._reject(incoming, e)
+            self._reject(incoming, e, dead=dead)
             return None
         except Exception:
             # Left unsettled it would come back for ever, and meanwhile take a place in the prefetch.
@@ -101,9 +132,9 @@ class Gateway:
         self._log(command)
         return Task(command, incoming)
 
-    def _reject(self, incoming: Incoming, error: Rejected) -> None:
+    def _reject(self, incoming: Incoming, error: Rejected, *, dead: bool) -> None:
         logger.bind(action="command_rejected", session=error.session, reason=error.reason).info("Command rejected: {}", error)
-        if error.undecodable:
+        if error.undecodable and not dead:
             self._outcomes.bury(incoming, error, session=error.session, command_id=error.command_id)
         else:
             self._outcomes.refuse(incoming, error, session=error.session, command_id=error.command_id, command=error.command)

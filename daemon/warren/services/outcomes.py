@@ -14,7 +14,7 @@ from loguru import logger
 from warren.core.envelope import JSON, Command, Outcome, outcome_event_id
 from warren.core.names import NO_SESSION, Topology
 from warren.core.names import command_fingerprint as fingerprint
-from warren.errors import CommandError
+from warren.errors import CommandError, StateError
 from warren.ports import Bus, Incoming, JournalRow, Published, PutStarts, Store, Write
 from warren.services.delivery import Delivery, Ticket
 
@@ -24,8 +24,10 @@ UNACKED_S = 240.0
 """How long a command may stay unsettled because its outcome is not confirmed: then it goes back, comes again and gets the same
 one. RabbitMQ takes a consumer that holds a message for half an hour for dead; sends go back earlier (`SendLane`).
 """
+LAPSE_RETRY_S = 5.0
+"""Wait for the journal before what RabbitMQ ended is looked at again."""
 REMEMBERED_S = 60.0
-"""How long a confirmed outcome that is not kept in the journal answers the same command, brought again because its ack was lost."""
+"""How long a confirmed outcome that is not in the journal answers the same command, brought again because its ack was lost."""
 REMEMBERED_FINAL_S = 5.0
 """The same for one that is: after that the event is published once more, with the same id."""
 
@@ -224,6 +226,10 @@ class Outcomes:
         """End what cannot be decoded: a copy goes to the dead exchange, with the reason; the outcome event tells of it."""
         self._spawn(session, self._bury(incoming, error, session, command_id))
 
+    def lapse(self, task: Task, error: CommandError) -> None:
+        """End a command that RabbitMQ took out of its queue, with `error` unless it has an outcome already."""
+        self._spawn(task.command.session, self._lapse(task, error), task.at)
+
     def answer(self, incoming: Incoming, outcome: Outcome) -> None:
         """End a query: a reply, no event."""
         self._spawn("", self._answer(incoming, outcome))
@@ -301,6 +307,25 @@ class Outcomes:
             await self._end(incoming, session, outcome, fingerprint("", incoming.body))
         else:
             await incoming.requeue()
+
+    async def _lapse(self, task: Task, error: CommandError) -> None:
+        command = task.command
+        try:
+            if await self.replayed(task):
+                return
+            if command.id is not None and (starts := await self._store.starts(*task.key)):
+                error = Exhausted(starts)  # it may have had its effect
+        except CommandError as conflict:
+            error = conflict
+        except StateError:
+            await asyncio.sleep(LAPSE_RETRY_S)
+            await task.incoming.requeue()
+            return
+        if self._delivery.serves(command.session):
+            self.fail(task, error)
+        else:
+            outcome = Outcome.failed(command.name, command.id, error)
+            await self._refuse(task.incoming, outcome, command.session, command.fingerprint)
 
     async def _end(self, incoming: Incoming, session: str, outcome: Outcome, told_by: str) -> None:
         told = await self._delivery.direct(
