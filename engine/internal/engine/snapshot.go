@@ -101,14 +101,23 @@ func (e *Engine) copyState(r *frames.Request, current *entry) (result any, failu
 	return copied{Paired: held.Paired, JID: held.JID, LID: held.LID, Bytes: held.Bytes}, nil
 }
 
-// stateCode is the protocol's word for an error of the state directory.
+// stateCodes are the protocol's words for errors of the state directory; the first that fits counts.
+var stateCodes = []struct {
+	err  error
+	code string
+}{
+	{state.ErrDisk, frames.CodeDiskTrouble},
+	{state.ErrMissing, frames.CodeStateMissing},
+	{state.ErrUnreadable, frames.CodeStateUnreadable},
+	{state.ErrLocked, frames.CodeStateLocked},
+	{state.ErrClosed, frames.CodeNotOpen},
+	{fs.ErrExist, frames.CodePathExists},
+}
+
 func stateCode(err error) string {
-	for known, code := range map[error]string{
-		state.ErrMissing: frames.CodeStateMissing, state.ErrUnreadable: frames.CodeStateUnreadable, state.ErrLocked: frames.CodeStateLocked,
-		state.ErrClosed: frames.CodeNotOpen, fs.ErrExist: frames.CodePathExists,
-	} {
-		if errors.Is(err, known) {
-			return code
+	for _, known := range stateCodes {
+		if errors.Is(err, known.err) {
+			return known.code
 		}
 	}
 	return frames.CodeInternal

@@ -29,6 +29,7 @@ const (
 	CodeBadRequest           = "bad_request"
 	CodeBusy                 = "busy"
 	CodeDisconnected         = "disconnected"
+	CodeDiskTrouble          = "disk_trouble"
 	CodeInternal             = "internal"
 	CodeInvalidRecipient     = "invalid_recipient"
 	CodeNotConnected         = "not_connected"

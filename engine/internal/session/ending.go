@@ -10,6 +10,8 @@ import (
 
 	"go.mau.fi/whatsmeow/socket"
 	"go.mau.fi/whatsmeow/types/events"
+
+	"warren/engine/internal/state"
 )
 
 // Reasons of a "disconnected" event.
@@ -25,6 +27,7 @@ const (
 	reasonHandlerTimeout  = "handler_timeout"
 	reasonFailure         = "failure"
 	reasonInternal        = "internal"
+	reasonDiskTrouble     = "disk_trouble"
 )
 
 // Codes that WhatsApp uses.
@@ -78,6 +81,14 @@ func abruptly(end *ending) *ending {
 
 func internalEnding(format string, args ...any) *ending {
 	return abruptly(disconnected(reasonInternal, 0, format, args...))
+}
+
+// databaseEnding is that of a session whose database fails: nothing that comes can be kept.
+func databaseEnding(err error) *ending {
+	if state.IsDiskTrouble(err) {
+		return abruptly(disconnected(reasonDiskTrouble, 0, "the disk with the session's state takes no writes: %v", err))
+	}
+	return internalEnding("the database failed: %v", err)
 }
 
 func loggedOut(code int, onConnect bool, message string) *ending {

@@ -157,18 +157,31 @@ func (s *Session) send(job *sendJob) (*Sent, *frames.Error) {
 	if err != nil {
 		return nil, err
 	}
+	troubles := s.store.Troubles()
 	response, failure := s.encryptAndSend(job, func() {})
 	for tries := 1; errors.Is(failure, state.ErrSessionChanged) && tries < encryptTries; tries++ {
 		response, failure = s.sendUndisturbed(job)
 	}
 	if failure != nil {
-		return nil, classifySend(failure)
+		return nil, s.sendFailed(failure)
 	}
 	// whatsmeow leaves out devices whose keys it cannot get, and calls a message for our own phone alone a success.
 	if !s.wire.reachedAny(s.isRecipient(job.to, to)) && !s.aloneIn(job.to) {
+		if s.store.Troubles() != troubles {
+			return nil, classifySend(state.ErrDisk)
+		}
 		return nil, frames.Errorf(frames.CodeRecipientUnreachable, "no device of the recipient has keys to encrypt for")
 	}
 	return &Sent{MessageID: job.request.MessageID, Timestamp: rfc3339(response.Timestamp)}, nil
+}
+
+// sendFailed tells a disk that failed before the message was written, and one that failed after it.
+func (s *Session) sendFailed(err error) *frames.Error {
+	failure := classifySend(err)
+	if failure.Code == frames.CodeDiskTrouble && s.wire.written() {
+		return frames.Errorf(frames.CodeDisconnected, "the disk failed after the message was written: %v", err)
+	}
+	return failure
 }
 
 // encryptAndSend sends a message once; onSent is called when it is encrypted and about to be written.

@@ -11,6 +11,7 @@ import (
 	"go.mau.fi/whatsmeow"
 
 	"warren/engine/internal/frames"
+	"warren/engine/internal/state"
 )
 
 // Codes of refused sends.
@@ -43,6 +44,8 @@ func classifySend(err error) *frames.Error {
 		return refused(codeForbidden, "the account is not in this group")
 	case errors.As(err, &iq):
 		return refused(iq.Code, "WhatsApp refused a query for the message")
+	case state.IsDiskTrouble(err):
+		return frames.Errorf(frames.CodeDiskTrouble, "the disk with the session's state takes no writes: %v", err)
 	}
 	// A frame that could not be written: whether it left is not known.
 	if strings.Contains(err.Error(), "failed to send message node") {

@@ -267,7 +267,7 @@ func (s *Session) guarded(what string, fn func()) {
 // databaseFailed runs inside whatsmeow's decryption, before it decides what to tell WhatsApp.
 func (s *Session) databaseFailed(err error) {
 	s.log.Error("the database failed while a message was decrypted", logs.KeyError, err)
-	s.finish(internalEnding("the database failed: %v", err))
+	s.finish(databaseEnding(err))
 }
 
 func (s *Session) connect() {

@@ -10,9 +10,11 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/mattn/go-sqlite3"
 	"go.mau.fi/whatsmeow"
 	waBinary "go.mau.fi/whatsmeow/binary"
 	"go.mau.fi/whatsmeow/proto/waAdv"
@@ -405,10 +407,29 @@ func TestPanicInTheHandlerIsNoSuccess(t *testing.T) {
 }
 
 func TestDatabaseFailureEndsTheSessionAtOnce(t *testing.T) {
+	for failure, reason := range map[error]string{errors.New("malformed"): reasonInternal, error(syscall.ENOSPC): reasonDiskTrouble} {
+		s, _ := newSession(t, quick())
+		s.databaseFailed(failure)
+		if end := s.currentEnding(); end == nil || reasonOf(end) != reason || s.ctx.Err() == nil {
+			t.Fatalf("%v: %+v", failure, end)
+		}
+	}
+}
+
+func TestADiskThatFailsUnderASend(t *testing.T) {
 	s, _ := newSession(t, quick())
-	s.databaseFailed(errors.New("disk full"))
-	if end := s.currentEnding(); end == nil || reasonOf(end) != reasonInternal || s.ctx.Err() == nil {
-		t.Fatalf("%+v", end)
+	s.wire.watch("A", func() {})
+	full := fmt.Errorf("failed to store: %w", sqlite3.Error{Code: sqlite3.ErrFull})
+	if got := s.sendFailed(full); got.Code != frames.CodeDiskTrouble {
+		t.Errorf("before the message is written: %v", got)
+	}
+	s.wire.Sent(&waBinary.Node{Tag: "message", Attrs: waBinary.Attrs{"id": "A"}})
+	if got := s.sendFailed(full); got.Code != frames.CodeDisconnected {
+		t.Errorf("after it: %v", got)
+	}
+	s.wire.watch("B", func() {})
+	if got := s.sendFailed(full); got.Code != frames.CodeDiskTrouble {
+		t.Errorf("the next message: %v", got)
 	}
 }
 
@@ -563,6 +584,7 @@ func TestClassifySend(t *testing.T) {
 		{context.Canceled, frames.CodeDisconnected, 0},
 		{whatsmeow.ErrNotConnected, frames.CodeNotConnected, 0},
 		{errors.New("failed to send message node: broken pipe"), frames.CodeDisconnected, 0},
+		{fmt.Errorf("prefetch: %w", syscall.EROFS), frames.CodeDiskTrouble, 0},
 		{errors.New("surprise"), frames.CodeInternal, 0},
 	} {
 		if got := classifySend(c.err); got.Code != c.code || got.ServerCode != c.server {

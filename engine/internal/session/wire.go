@@ -25,6 +25,7 @@ type wire struct {
 	watchedID string
 	onSent    func() // called once when the watched message is about to be written
 	reached   []types.JID
+	wrote     bool
 	settling  string // stanza id of the last accepted event whose receipt has not been written
 	settled   chan struct{}
 	since     time.Time // when the last event was accepted
@@ -66,6 +67,7 @@ func (w *wire) Sent(node *waBinary.Node) {
 	switch node.Tag {
 	case "message":
 		if id != "" && id == w.watchedID {
+			w.wrote = true
 			w.reached = append(w.reached, targets(node)...)
 			w.onSent()
 		}
@@ -92,7 +94,7 @@ func targets(message *waBinary.Node) (list []types.JID) {
 func (w *wire) watch(id string, onSent func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.watchedID, w.onSent, w.reached = id, onSent, nil
+	w.watchedID, w.onSent, w.reached, w.wrote = id, onSent, nil, false
 }
 
 // reachedAny reports whether the watched message held a ciphertext for a device that is wanted.
@@ -100,6 +102,13 @@ func (w *wire) reachedAny(wanted func(types.JID) bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.ContainsFunc(w.reached, wanted)
+}
+
+// written reports whether the watched message has been handed to the socket.
+func (w *wire) written() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.wrote
 }
 
 // accepted notes that whatsmeow is about to write the receipt for the stanza id.

@@ -166,8 +166,9 @@ func deviceDigest(ctx context.Context, raw *sql.DB) (digest [sha256.Size]byte, p
 // thriftyIdentities does not write an identity key that is there already. whatsmeow writes one for each device of each message that it sends.
 type thriftyIdentities struct {
 	store.IdentityStore
-	db  *dbutil.Database
-	own *store.Device
+	db      *dbutil.Database
+	own     *store.Device
+	noticed func(error) error
 }
 
 func (i *thriftyIdentities) PutIdentity(ctx context.Context, address string, key [32]byte) error {
@@ -176,9 +177,9 @@ func (i *thriftyIdentities) PutIdentity(ctx context.Context, address string, key
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
 	case err != nil:
-		return err
+		return i.noticed(err)
 	case string(known) == string(key[:]):
 		return nil
 	}
-	return i.IdentityStore.PutIdentity(ctx, address, key)
+	return i.noticed(i.IdentityStore.PutIdentity(ctx, address, key))
 }

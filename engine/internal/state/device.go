@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.mau.fi/util/dbutil"
@@ -20,6 +21,8 @@ type container struct {
 	onError func(error)
 	gate    chan struct{}
 	stale   *staleSessions
+
+	troubles *atomic.Int64 // of the disk, while keys of contacts were written
 }
 
 func (c *container) PutDevice(ctx context.Context, device *store.Device) error {
@@ -33,7 +36,7 @@ func (c *container) PutDevice(ctx context.Context, device *store.Device) error {
 
 func (c *container) wrap(device *store.Device) {
 	device.Container = c
-	device.Identities = &thriftyIdentities{IdentityStore: device.Identities, db: c.db, own: device}
+	device.Identities = &thriftyIdentities{IdentityStore: device.Identities, db: c.db, own: device, noticed: c.noticed}
 	device.PreKeys = &batchedPreKeys{PreKeyStore: device.PreKeys, db: c.db}
 	device.Sessions = &guardedSessions{SessionStore: device.Sessions, db: c.db, stale: c.stale, read: map[string][sha256.Size]byte{}}
 	device.EventBuffer = &guardedBuffer{EventBuffer: device.EventBuffer, onError: c.onError, gate: c.gate}

@@ -27,11 +27,17 @@ func (s *Store) Snapshot(ctx context.Context, to string) (Copy, error) {
 	if s.closed {
 		return Copy{}, ErrClosed
 	}
-	return snapshot(ctx, s.path, to)
+	result, err := snapshot(ctx, s.path, to)
+	return result, sorted(err)
 }
 
-// SnapshotClosed does the same for a session that is not open, under the lock of its directory. The error may wrap ErrMissing, ErrUnreadable or ErrLocked.
+// SnapshotClosed does the same for a session that is not open, under the lock of its directory. The error may wrap ErrDisk, ErrMissing, ErrUnreadable or ErrLocked.
 func SnapshotClosed(ctx context.Context, dir, to string) (Copy, error) {
+	result, err := snapshotClosed(ctx, dir, to)
+	return result, sorted(err)
+}
+
+func snapshotClosed(ctx context.Context, dir, to string) (Copy, error) {
 	lock, err := lockDirectory(dir)
 	if err != nil {
 		return Copy{}, err

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/mattn/go-sqlite3"
 	"go.mau.fi/whatsmeow/store"
 	"go.mau.fi/whatsmeow/types"
 	"golang.org/x/sys/unix"
@@ -304,7 +305,7 @@ func TestSnapshotOnAFullDisk(t *testing.T) {
 		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &before); err != nil {
 			t.Fatal(err)
 		}
-		if got := names(t, dir); err == nil || slices.Contains(got, "copy") || slices.Contains(got, "copy"+partSuffix) {
+		if got := names(t, dir); !errors.Is(err, ErrDisk) || slices.Contains(got, "copy") || slices.Contains(got, "copy"+partSuffix) {
 			t.Errorf("with room for %d bytes: %v, %v", room, err, got)
 		}
 	}
@@ -312,6 +313,47 @@ func TestSnapshotOnAFullDisk(t *testing.T) {
 		t.Errorf("with room again: %v", err)
 	}
 	mustClose(t, s)
+	// Neither a new store nor one that is there opens, and nobody calls it damaged.
+	fresh := t.TempDir()
+	for _, place := range []string{fresh, dir} {
+		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 0, Max: before.Max}); err != nil {
+			t.Fatal(err)
+		}
+		_, err := open(t, place, true)
+		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &before); err != nil {
+			t.Fatal(err)
+		}
+		if !errors.Is(err, ErrDisk) {
+			t.Errorf("%v", err)
+		}
+		mustClose(t, mustOpen(t, place, true))
+	}
+}
+
+func TestDiskTrouble(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{
+		{fs.ErrNotExist, false},
+		{&fs.PathError{Err: syscall.ENOSPC}, true},
+		{fmt.Errorf("lock: %w", syscall.EMFILE), true},
+		{syscall.EACCES, false},
+		{sqlite3.Error{Code: sqlite3.ErrFull}, true},
+		{sqlite3.Error{Code: sqlite3.ErrReadonly}, true},
+		{sqlite3.Error{Code: sqlite3.ErrNomem}, true},
+		{fmt.Errorf("x: %w", sqlite3.Error{Code: sqlite3.ErrIoErr, SystemErrno: syscall.EIO}), true},
+		{sqlite3.Error{Code: sqlite3.ErrIoErr}, false},
+		{sqlite3.Error{Code: sqlite3.ErrCantOpen, SystemErrno: syscall.EROFS}, true},
+		{sqlite3.Error{Code: sqlite3.ErrCantOpen, SystemErrno: syscall.ENOENT}, false},
+		{sqlite3.Error{Code: sqlite3.ErrCorrupt}, false},
+		{sqlite3.Error{Code: sqlite3.ErrNotADB}, false},
+		{fmt.Errorf("x: %w", ErrDisk), true},
+	} {
+		if got := IsDiskTrouble(c.err); got != c.want {
+			t.Errorf("%v: %v", c.err, got)
+		}
+	}
 }
 
 // TestRestoredCopyBeginsNewSessions: a copy may be older than what was sent since.

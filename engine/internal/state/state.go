@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.mau.fi/util/dbutil"
@@ -55,6 +56,8 @@ type Store struct {
 	changes *changes
 	last    Change // what was pending when it was closed
 
+	troubles atomic.Int64
+
 	life   sync.RWMutex // held for reading by snapshots
 	closed bool
 }
@@ -68,11 +71,11 @@ type Options struct {
 	OnDatabaseError func(error)
 }
 
-// Open locks dir and opens its store. The error wraps ErrMissing, ErrUnreadable or ErrLocked, or is about the directory itself.
+// Open locks dir and opens its store. The error wraps ErrDisk, or else ErrMissing, ErrUnreadable or ErrLocked.
 func Open(ctx context.Context, dir string, options Options) (*Store, error) {
 	lock, err := lockDirectory(dir)
 	if err != nil {
-		return nil, err
+		return nil, sorted(err)
 	}
 	s := &Store{path: filepath.Join(dir, fileName), lock: lock, gate: make(chan struct{}, 1), changes: newChanges()}
 	if err := s.open(ctx, dir, options); err != nil {
@@ -80,7 +83,7 @@ func Open(ctx context.Context, dir string, options Options) (*Store, error) {
 			_ = s.raw.Close()
 		}
 		_ = lock.Close()
-		return nil, err
+		return nil, sorted(err)
 	}
 	return s, nil
 }
@@ -94,7 +97,7 @@ func (s *Store) open(ctx context.Context, dir string, options Options) error {
 	if err := check(ctx, raw); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnreadable, err)
 	}
-	device, err := loadDevice(ctx, raw, s.gate, options)
+	device, err := s.loadDevice(ctx, options)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnreadable, err)
 	}
@@ -234,8 +237,8 @@ func newContainer(raw *sql.DB, log waLog.Logger) (*sqlstore.Container, *dbutil.D
 	return sqlstore.NewWithWrappedDB(wrapped, log), wrapped, nil
 }
 
-func loadDevice(ctx context.Context, raw *sql.DB, gate chan struct{}, options Options) (*store.Device, error) {
-	inner, wrapped, err := newContainer(raw, options.Log)
+func (s *Store) loadDevice(ctx context.Context, options Options) (*store.Device, error) {
+	inner, wrapped, err := newContainer(s.raw, options.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +249,7 @@ func loadDevice(ctx context.Context, raw *sql.DB, gate chan struct{}, options Op
 	if err != nil {
 		return nil, fmt.Errorf("device row: %w", err)
 	}
-	guarded := &container{DeviceContainer: inner, db: wrapped, onError: options.OnDatabaseError, gate: gate}
+	guarded := &container{DeviceContainer: inner, db: wrapped, onError: options.OnDatabaseError, gate: s.gate, troubles: &s.troubles}
 	device := inner.NewDevice()
 	switch len(devices) {
 	case 0:
@@ -255,7 +258,7 @@ func loadDevice(ctx context.Context, raw *sql.DB, gate chan struct{}, options Op
 	default:
 		return nil, fmt.Errorf("it holds %d devices instead of one", len(devices))
 	}
-	if guarded.stale, err = loadStale(ctx, raw, wrapped, device); err != nil {
+	if guarded.stale, err = loadStale(ctx, s.raw, wrapped, device); err != nil {
 		return nil, err
 	}
 	if len(devices) == 0 {
