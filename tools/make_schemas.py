@@ -37,6 +37,7 @@ EVENT_TITLES = {
     "command_completed": "A command went well",
     "command_failed": "A command failed",
     "health_check_failed": "A connection that looked alive was not; it is recycled",
+    "backup_failed": "Backups of the session fail again and again: an alarm, once; trying goes on",
     "error": "Something needs attention: `code` says what",
 }
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 
 from warren import __version__
+from warren.core.backup_names import Names
 from warren.core.envelope import Outcome
 from warren.core.metrics import Metrics
 from warren.core.names import Topology
@@ -26,12 +27,15 @@ from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.broker_node import BrokerNode
 from warren.edges.engine_pipe import start_engine
 from warren.edges.logs import configure_logging
+from warren.edges.objects import open_store
 from warren.edges.sdnotify import Condition, ServiceManager, status_line
 from warren.edges.settings import Settings, find_engine_binary, load_settings
 from warren.edges.statedir import StateDirectory
+from warren.edges.storage_keys import disk_warning, load_keyring
 from warren.edges.store import SqliteStore
-from warren.errors import WarrenError
-from warren.ports import EngineProcess
+from warren.errors import StorageError, WarrenError
+from warren.ports import EngineProcess, ObjectStore
+from warren.services.backup import BackupOptions, Backups
 from warren.services.delivery import Delivery, DeliveryOptions
 from warren.services.desk import Desk
 from warren.services.engines import EngineOptions, Engines
@@ -39,8 +43,10 @@ from warren.services.fleet import Fleet, FleetOptions
 from warren.services.gateway import Gateway
 from warren.services.health import Health
 from warren.services.outcomes import Outcomes
+from warren.services.restore import RestoreOptions, Restorer
 from warren.services.sending import Pacing
 from warren.services.session import Deps, Session, SessionOptions
+from warren.services.vault import Vault
 
 if TYPE_CHECKING:
     from warren.edges.http import HttpServer
@@ -78,6 +84,9 @@ class _Parts:
     engines: Engines | None = None
     delivery: Delivery | None = None
     outcomes: Outcomes | None = None
+    objects: ObjectStore | None = None
+    backups: Backups | None = None
+    restorer: Restorer | None = None
     fleet: Fleet | None = None
     gateway: Gateway | None = None
     metrics: Metrics = field(default_factory=Metrics)
@@ -106,9 +115,11 @@ class Daemon:
         p.state_dir.lock()
         # 2. What we know: registry, outbox, journal.
         p.store = await SqliteStore.open(s.state_dir / "warren.db")
-        # 3. RabbitMQ: the configured one, or our own node (adopted, when an earlier daemon was killed).
+        # 3. Where backups go. A wrong key is refused before anything is written.
+        vault = await self._open_vault()
+        # 4. RabbitMQ: the configured one, or our own node (adopted, when an earlier daemon was killed).
         url = await self._broker_url()
-        # 4. The bus connects in the background. A session connects once its lock is ours, and then goes on without RabbitMQ.
+        # 5. The bus connects in the background. A session connects once its lock is ours, and then goes on without RabbitMQ.
         p.bus = AmqpBus(
             self._amqp_options(url, topology),
             on_unclaimed=lambda m: p.gateway.on_unclaimed(m) if p.gateway else None,
@@ -116,11 +127,11 @@ class Daemon:
             on_dead=lambda m, reason: p.gateway.on_dead(m, reason) if p.gateway else None,
             on_lock_lost=_lock_lost,
         )
-        # 5. Engines: the first one now, so that a missing or wrong binary is noticed at the start.
+        # 6. Engines: the first one now, so that a missing or wrong binary is noticed at the start.
         find_engine_binary(s.engine.path)
         p.engines = Engines(self._start_engine, self._engine_options(), random01=random.random, metrics=p.metrics)
         await p.engines.start()
-        # 6. Delivery publishes what an earlier run left, before anything new can happen.
+        # 7. Delivery publishes what an earlier run left, before anything new can happen.
         p.delivery = Delivery(
             p.bus,
             p.store,
@@ -134,7 +145,8 @@ class Daemon:
         await p.delivery.start()
         p.desk = Desk(p.bus, topology)
         p.outcomes = Outcomes(p.bus, p.store, p.delivery, topology, ended=self._ended)
-        # 7. The sessions and the way in to them; only then the bus, so that every command finds its session.
+        self._make_backups(vault, topology)
+        # 8. The sessions and the way in to them; only then the bus, so that every command finds its session.
         p.fleet = Fleet(p.bus, p.store, self._session_deps, FleetOptions(s.fleet.max_sessions))
         p.gateway = Gateway(p.bus, p.fleet, p.outcomes, topology, s.instance, now=_now)
         # A port that is taken is noticed before any session connects.
@@ -165,14 +177,21 @@ class Daemon:
             await p.fleet.stop()
         if p.gateway is not None:
             await p.gateway.stop()
-        if p.engines is not None:
-            self._clean &= await p.engines.stop(ENGINE_STOP_S)
         # 4. What is in the outbox leaves; what does not stays on disk.
         if p.delivery is not None and p.outcomes is not None:
             await self._step("drain", budget.drain_s, self._drained)
             p.outcomes.cancel()
+        # 5. Last backups, all sessions at once, while the engines can still copy and nobody else may own them. Then the engines.
+        if p.backups is not None:
+            await self._step("backup", budget.backup_s, self._last_backups)
+            await p.backups.close()
+        if p.engines is not None:
+            self._clean &= await p.engines.stop(ENGINE_STOP_S)
+        if p.delivery is not None:
             await p.delivery.stop()
-        # 5. The locks go with the connection; then the disk.
+        if p.objects is not None:
+            await p.objects.close()
+        # 6. The locks go with the connection; then the disk.
         if p.http is not None:
             await p.http.stop()
         if p.bus is not None:
@@ -250,6 +269,61 @@ class Daemon:
         assert outcomes is not None
         await delivery.drain()
         await outcomes.wait()
+
+    async def _last_backups(self) -> None:
+        assert self._parts.backups is not None
+        if not await self._parts.backups.finish():
+            self._clean = False
+            logger.bind(action="backup_missed").warning("Some last backups failed: what changed since is on this disk only.")
+
+    async def _open_vault(self) -> Vault | None:
+        """None: `[storage] mode` is `local`."""
+        s = self.settings.storage
+        if s.mode == "local":
+            return None
+        objects = self._parts.objects = open_store(s, self.settings.state_dir)
+        vault = Vault(objects, Names(s.prefix), load_keyring(s, self.settings.state_dir, make=True))
+        try:
+            await vault.check()
+        except StorageError as e:
+            logger.bind(action="storage_unavailable", reason=e.kind).error("The store of the backups cannot be used now: {}", e)
+        if warning := disk_warning(self.settings):
+            logger.bind(action="storage_default").warning("{}", warning)
+        return vault
+
+    def _make_backups(self, vault: Vault | None, topology: Topology) -> None:
+        s, p = self.settings.storage, self._parts
+        assert p.store is not None
+        assert p.state_dir is not None
+        assert p.engines is not None
+        assert p.delivery is not None
+        p.backups = Backups(
+            vault,
+            p.store,
+            p.state_dir,
+            p.engines,
+            delivery=p.delivery,
+            options=BackupOptions(
+                instance=self.settings.instance,
+                source=topology.source,
+                interval_s=s.interval_s,
+                concurrency=s.concurrency,
+                alarm_after=s.alarm_after,
+                keep_last=s.keep_last,
+                keep_days=s.keep_days,
+            ),
+            now=_now,
+            random01=random.random,
+        )
+        p.restorer = Restorer(
+            vault,
+            p.store,
+            p.state_dir,
+            p.backups,
+            options=RestoreOptions(self.settings.instance, topology.source, s.start_wait_s, concurrency=s.concurrency),
+            now=_now,
+            random01=random.random,
+        )
 
     def _ended(self, outcome: Outcome, seconds: float) -> None:
         self._parts.metrics.command(outcome, seconds)
@@ -373,7 +447,8 @@ class Daemon:
         d = self.settings.delivery
         return DeliveryOptions(
             instance=self.settings.instance,
-            answer_after_s=d.answer_after_ms / 1000,
+            # In `cloud` mode the disk is no safe place: WhatsApp is answered when RabbitMQ has it.
+            answer_after_s=None if self.settings.storage.mode == "cloud" else d.answer_after_ms / 1000,
             max_bytes=d.outbox_max_mb * 1_000_000,
             publishes_at_once=d.publishes_at_once,
         )
@@ -389,6 +464,8 @@ class Daemon:
         assert p.engines is not None
         assert p.delivery is not None
         assert p.outcomes is not None
+        assert p.backups is not None
+        assert p.restorer is not None
         r = s.reconnect
         return Deps(
             store=p.store,
@@ -396,6 +473,8 @@ class Daemon:
             engines=p.engines,
             delivery=p.delivery,
             outcomes=p.outcomes,
+            backups=p.backups,
+            restorer=p.restorer,
             connecting=asyncio.Semaphore(s.fleet.connects_at_once),
             options=SessionOptions(s.whatsapp.device_name, r.base_s, r.cap_s, r.alarm_after, r.stable_s, self._pacing()),
             now=_now,

@@ -37,10 +37,19 @@ def _told_status(session: str, s: dict[str, Any]) -> list[str]:
         "until": s.get("until"),
         "attempt": s.get("attempt"),
         "last message": s.get("last_message_at"),
+        "backup": _backup(s.get("backup")),
         "outbox": f"{s['outbox']} events wait for RabbitMQ" if s.get("outbox") else None,
         "QR code": f"`warren qr {session}` shows it" if s.get("qr") else None,
     }
     return [f"{session}: {s.get('state')} since {s.get('since')}", *(f"  {k:<12} {v}" for k, v in details.items() if v)]
+
+
+def _backup(told: Any) -> str | None:
+    if not isinstance(told, dict):
+        return None
+    if told.get("failures"):
+        return f"failed {told['failures']} times: {told.get('message')}"
+    return f"{told.get('position') or 'of an earlier epoch'} at {told['at']}" if told.get("at") else "none yet"
 
 
 _OUTCOMES: dict[str, Callable[[str, dict[str, Any]], list[str]]] = {
@@ -51,6 +60,8 @@ _OUTCOMES: dict[str, Callable[[str, dict[str, Any]], list[str]]] = {
     ],
     "logout": lambda session, _: [f"{session}: unlinked and removed"],
     "status": _told_status,
+    "backup": lambda session, r: [f"{session}: backed up as {r.get('position')} at {r.get('at')}, {r.get('size')} bytes"],
+    "restore": lambda session, r: [f"{session}: restored from {r.get('position')}; its events go on in epoch {r.get('epoch')}"],
 }
 
 

@@ -351,8 +351,8 @@ class StateDir(Protocol):
         ...
 
     async def stage(self, session: str, database: bytes) -> None:
-        """Put a database that came from a backup on disk, beside the session's epochs, and check it. Raises StateError when it is
-        not whole; nothing else has changed then.
+        """Put a database that came from a backup on disk, beside the session's epochs, and check it. Raises SealError when it is
+        not whole, and StateError; nothing else has changed then.
         """
         ...
 

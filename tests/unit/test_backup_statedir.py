@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from warren.edges.statedir import StateDirectory
-from warren.errors import StateError
+from warren.errors import SealError, StateError
 
 
 def database(text: str, *, wal: bool = False) -> bytes:
     """A small SQLite database as bytes."""
     db = sqlite3.connect(":memory:")
+    db.execute("CREATE TABLE whatsmeow_device (jid TEXT)")
+    db.execute("INSERT INTO whatsmeow_device VALUES ('1:2@s.whatsapp.net')")
     db.execute("CREATE TABLE t (text TEXT)")
     db.execute("CREATE INDEX i ON t (text)")
     db.executemany("INSERT INTO t VALUES (?)", [(f"{text} {n}",) for n in range(300)])
@@ -69,7 +71,7 @@ async def test_what_is_no_whole_database_is_refused(states: StateDirectory) -> N
     scribbled = bytearray(whole)
     scribbled[-4096:] = bytes(4096)
     for broken in (torn, bytes(scribbled), b"", b"nonsense" * 1000):
-        with pytest.raises(StateError):
+        with pytest.raises(SealError):
             await states.stage("acme", broken)
     assert await states.current_epoch("acme") == 1
     assert not await states.has_state("acme", 2)

@@ -71,7 +71,7 @@ def test_the_event_table_is_complete() -> None:
     of_machine = {s.event for s in TABLE.values() if s.event}
     of_design = {
         *("qr", "pairing_code", "connected", "disconnected", "reconnecting", "reconnect_failed", "logout", "message", "receipt"),
-        *("command_completed", "command_failed", "health_check_failed", "error"),
+        *("command_completed", "command_failed", "health_check_failed", "backup_failed", "error"),
     }
     assert documented == of_design
     assert of_machine <= documented

@@ -93,7 +93,7 @@ def test_command_examples_fit(example: dict[str, Any]) -> None:
 
 def test_every_other_example_fits_something() -> None:
     datas = [contract.ShownQr, contract.PairingCode, contract.StateChange, contract.Connected, contract.Message, contract.Receipt]
-    adapters = [contract.TypeAdapter(kind) for kind in (*datas, contract.Undecryptable, contract.Status)]
+    adapters = [contract.TypeAdapter(kind) for kind in (*datas, contract.Undecryptable, contract.BackupFailed, contract.Status)]
     for example in EXAMPLES:
         if example in COMMAND_EXAMPLES:
             continue

@@ -16,9 +16,11 @@ from warren.core.frames import EngineEvent
 from warren.core.machine import State
 from warren.core.names import Topology
 from warren.ports import AddEvent, Desired, PutSession, SessionRecord, Write
+from warren.services.backup import BackupOptions, Backups
 from warren.services.delivery import Delivery, DeliveryOptions
 from warren.services.engines import OnEvent
 from warren.services.outcomes import Outcomes
+from warren.services.restore import RestoreOptions, Restorer
 from warren.services.session import PAIRING_CODES, Deps, Session, SessionOptions
 
 
@@ -87,7 +89,22 @@ async def running(**record: Any) -> AsyncIterator[tuple[Session, PlayedEngines, 
     kept = SessionRecord(**{"session": "acme", "epoch": 1, "desired": Desired.RUNNING, **record})
     engines.paired = kept.paired
     await store.write(PutSession(kept))
+    backups = Backups(
+        None,
+        store,
+        cast(Any, HereState()),
+        cast(Any, engines),
+        delivery=delivery,
+        options=BackupOptions("t", "t"),
+        now=now,
+        random01=lambda: 0.5,
+    )
+    restorer = Restorer(
+        None, store, cast(Any, HereState()), backups, options=RestoreOptions("t", "t"), now=now, random01=lambda: 0.5
+    )
     deps = Deps(
+        backups=backups,
+        restorer=restorer,
         store=store,
         state_dir=cast(Any, HereState()),
         engines=cast(Any, engines),

@@ -190,6 +190,54 @@ class LogoutResult(_Exact):
     """Empty."""
 
 
+Position = Annotated[str, Field(pattern=r"^[0-9]+/[0-9]+$")]
+"""Of a backup: epoch/sequence."""
+
+
+class BackupResult(_Exact):
+    """The session's newest backup: a new one, or the one before when nothing has changed since."""
+
+    position: Position
+    at: Time
+    size: Count
+    """Bytes in the store."""
+
+
+class RestoreResult(_Exact):
+    position: Position
+    """The backup that was restored."""
+    epoch: Count
+    """The session's new epoch."""
+
+
+class BackupStatus(_Exact):
+    """How far the session is backed up."""
+
+    position: Position | None
+    """The newest backup of this epoch; null: none yet."""
+    at: Time | None
+    """When the newest backup was made."""
+    size: Count
+    """Bytes of it in the store."""
+    pending: bool
+    """Something may have changed since."""
+    failures: Count
+    """Failed tries in a row."""
+    message: str | None
+    """Why the last one failed."""
+
+
+class BackupFailed(_Exact):
+    """Backups of the session fail, again and again; they are tried for ever."""
+
+    code: Word
+    message: str
+    hint: str
+    failures: Count
+    """Failed tries in a row."""
+    last_backup_at: Time | None
+
+
 class Status(_Exact):
     """What is known of a session right now; null is what is not known or does not apply."""
 
@@ -210,6 +258,8 @@ class Status(_Exact):
     last_message_at: Time | None
     outbox: Count
     """Events that RabbitMQ has not confirmed yet."""
+    backup: BackupStatus | None
+    """Null when `[storage] mode` is `local`."""
     qr: Qr | None
     """While `pairing` by QR code."""
     pairing_code: PairingCode | None
@@ -306,6 +356,8 @@ REPLIES: dict[str, TypeAdapter[Any]] = {
     "disconnect": TypeAdapter(Completed[Literal["disconnect"], DisconnectResult] | Failed),
     "logout": TypeAdapter(Completed[Literal["logout"], LogoutResult] | Failed),
     "status": TypeAdapter(Completed[Literal["status"], Status] | Failed),
+    "backup": TypeAdapter(Completed[Literal["backup"], BackupResult] | Failed),
+    "restore": TypeAdapter(Completed[Literal["restore"], RestoreResult] | Failed),
     "list": TypeAdapter(Completed[Literal["list"], ListResult] | Failed),
 }
 """The reply to a command, by command: its outcome."""
@@ -316,6 +368,8 @@ AnyCompleted = (
     | Completed[Literal["disconnect"], DisconnectResult]
     | Completed[Literal["logout"], LogoutResult]
     | Completed[Literal["status"], Status]
+    | Completed[Literal["backup"], BackupResult]
+    | Completed[Literal["restore"], RestoreResult]
 )
 
 OUTCOMES: dict[str, TypeAdapter[Any]] = {"command_completed": TypeAdapter(AnyCompleted), "command_failed": TypeAdapter(Failed)}
@@ -334,6 +388,7 @@ EVENTS: dict[str, TypeAdapter[Any]] = {
     "command_completed": TypeAdapter(CompletedEvent[Literal["warren.command_completed"], AnyCompleted]),
     "command_failed": TypeAdapter(FailedEvent[Literal["warren.command_failed"], Failed]),
     "health_check_failed": TypeAdapter(Sequenced[Literal["warren.health_check_failed"], StateChange]),
+    "backup_failed": TypeAdapter(Sequenced[Literal["warren.backup_failed"], BackupFailed]),
     "error": TypeAdapter(Sequenced[Literal["warren.error"], StateChange | Undecryptable]),
 }
 """Every event, as it is published, by name."""

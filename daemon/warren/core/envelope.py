@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import orjson
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from warren.core.backup_names import Place
 from warren.core.names import (
     NO_SESSION,
     SESSION_ID,
@@ -41,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class NoArgs(_Strict):
-    """`disconnect`, `logout`, `status`, `list`."""
+    """`disconnect`, `logout`, `status`, `backup`, `list`."""
 
 
 class CreateArgs(_Strict):
@@ -83,14 +84,28 @@ class SendArgs(_Strict):
         return f"{self.to[1:]}@s.whatsapp.net" if self.to.startswith("+") else self.to
 
 
-Args = NoArgs | CreateArgs | SendArgs
+class RestoreArgs(_Strict):
+    """`restore`: bring the session's state back from a backup."""
+
+    at: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}/[0-9]{1,10}$")] | None = None
+    """Which one, as epoch/sequence; default: the newest."""
+
+    @field_validator("at")
+    @classmethod
+    def _place(cls, at: str | None) -> str | None:
+        if at is not None:
+            Place.parse(at)
+        return at
+
+
+Args = NoArgs | CreateArgs | SendArgs | RestoreArgs
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What a command is: its arguments, the exchange it belongs on, and whether it has an effect (and so needs an id)."""
 
-    args: type[NoArgs | CreateArgs | SendArgs]
+    args: type[NoArgs | CreateArgs | SendArgs | RestoreArgs]
     exchange: str
     effect: bool = True
 
@@ -100,6 +115,8 @@ COMMANDS: dict[str, Spec] = {
     "disconnect": Spec(NoArgs, "control"),
     "logout": Spec(NoArgs, "control"),
     "status": Spec(NoArgs, "control", effect=False),
+    "backup": Spec(NoArgs, "control"),
+    "restore": Spec(RestoreArgs, "control"),
     "send": Spec(SendArgs, "commands"),
     "list": Spec(NoArgs, "queries", effect=False),
 }

@@ -51,6 +51,11 @@ class Trigger(Enum):
     """The pairing code ran out, and there is another one to be had."""
     LOGGED_OUT = "logged_out"
     UNREADABLE = "unreadable"
+    RESTORE = "restore"
+    """The state comes from a backup, or waits for the store."""
+    RESTORED = "restored"
+    SUPERSEDED = "superseded"
+    """Somebody else has taken the session over, as the store shows."""
     STOP = "stop"
     CLOSED = "closed"
     """The engine has closed what STOP asked it to."""
@@ -66,8 +71,8 @@ class IllegalTrigger(WarrenError):
     code = "illegal_trigger"
 
 
-_LIVE = (State.CONNECTING, State.PAIRING, State.ONLINE)
-"""States in which the engine may have the session open."""
+LIVE = (State.RESTORING, State.CONNECTING, State.PAIRING, State.ONLINE)
+"""States in which the engine may have the session open, or is about to."""
 
 
 def _table() -> dict[tuple[State, Trigger], Step]:
@@ -93,15 +98,21 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         (s.STOPPING, t.LOGGED_OUT): Step(s.LOGGED_OUT, "logout"),
         (s.LOGGED_OUT, t.START): Step(s.CONNECTING),
         (s.QUARANTINED, t.START): Step(s.CONNECTING),
+        (s.RESTORING, t.RESTORED): Step(s.CONNECTING),
+        (s.RESTORING, t.UNREADABLE): Step(s.QUARANTINED, "error"),
     }
-    for live in _LIVE:
+    for state in s:
+        if state not in {s.LOGGED_OUT, s.STOPPING}:
+            table[state, t.RESTORE] = Step(s.RESTORING)
+            table[state, t.SUPERSEDED] = Step(s.QUARANTINED, "error")
+    for live in LIVE:
         table[live, t.START] = Step(live)
         table[live, t.LOST] = Step(s.BACKING_OFF, "disconnected")
         table[live, t.REPLACED] = Step(s.REPLACED, "disconnected")
         table[live, t.BANNED] = Step(s.BLOCKED, "disconnected")
         table[live, t.LOGGED_OUT] = Step(s.LOGGED_OUT, "logout")
         table[live, t.STOP] = Step(s.STOPPING)
-    for late in (t.START, t.STOP, t.QR, t.PAIRED, t.CONNECTED):
+    for late in (t.START, t.STOP, t.QR, t.PAIRED, t.CONNECTED, t.RESTORE, t.RESTORED, t.SUPERSEDED):
         table[s.STOPPING, late] = Step(s.STOPPING)
     for end in (t.CLOSED, t.RESTART, t.RENEW, t.LOST, t.REPLACED, t.BANNED, t.UNPAIRED, t.UNREADABLE):
         table[s.STOPPING, end] = Step(s.STOPPED, "disconnected")
@@ -171,9 +182,21 @@ CAUSES: dict[str, Cause] = {
               "Its files were left as they are. Repair or restore them, then publish `create`."),
         Cause(Trigger.UNREADABLE, "state_missing", "The session was paired, but its state is no longer on disk.",
               "Bring the state directory back, then publish `create`; or `logout` to give the session up."),
+        Cause(Trigger.UNREADABLE, "backup_damaged", "The session's backups cannot be restored.",
+              "Nothing was changed. `warren backup verify` tells more; then `create`, or `restore` one that is whole."),
+        Cause(Trigger.RESTORE, "restoring", "The session's state is being restored from its backup.", "Nothing to do."),
+        Cause(Trigger.RESTORE, "storage_unavailable", "The store that holds the session's backups does not answer.",
+              "Check `[storage]` and the store. The session goes on by itself."),
+        Cause(Trigger.SUPERSEDED, "superseded", "Another warren has taken the session over.",
+              "Make sure that only one of them is to have it. `create` takes it back, from the other one's last backup."),
     )
 }  # fmt: skip
 """Every reason the engine gives for an end (docs/engine-protocol.md), and our own, by code."""
+
+
+def halted_state(halted: str) -> State:
+    """The state of a session that its registry row says to be `halted`."""
+    return State.QUARANTINED if halted == "superseded" else State(halted)
 
 
 def cause_of(reason: str) -> Cause:

@@ -351,6 +351,7 @@ class ShutdownSettings(_Section):
     commands_s: NonNegativeFloat = 10.0
     sessions_s: NonNegativeFloat = 15.0
     drain_s: NonNegativeFloat = 10.0
+    backup_s: NonNegativeFloat = 20.0
     broker_s: NonNegativeFloat = 15.0
 
 

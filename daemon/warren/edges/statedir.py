@@ -17,7 +17,6 @@ import fcntl
 import os
 import re
 import shutil
-import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +26,8 @@ from weakref import WeakValueDictionary
 import aiofiles
 
 from warren.core.names import is_session_id
-from warren.errors import OwnershipError, StateError
+from warren.edges.database_check import database_problem
+from warren.errors import OwnershipError, SealError, StateError
 
 T = TypeVar("T")
 
@@ -81,8 +81,8 @@ class StateDirectory:
         pointer = self._folder(session) / "current"
         try:
             with _explained(pointer):
-                async with aiofiles.open(pointer, "rb") as file:
-                    text = (await file.read(64)).decode("ascii", "replace")
+                # In one thread from open to close: whoever cancels the caller leaves no open file behind.
+                text = (await asyncio.to_thread(_head_of, pointer)).decode("ascii", "replace")
         except FileNotFoundError:
             return None
         if not _EPOCH.fullmatch(text.removesuffix("\n")):
@@ -170,7 +170,8 @@ class StateDirectory:
             for needed in (folder.parent, folder):
                 await asyncio.to_thread(_make_private, needed)
             await _replace(staged, database)
-        await asyncio.to_thread(_check_database, staged)
+        if problem := await asyncio.to_thread(database_problem, database):
+            raise SealError(f"The database in the backup is not whole: {problem}.", hint="An older backup may be whole.")
 
     async def _install(self, session: str, folder: Path, epoch: int) -> None:
         directory = folder / str(epoch)
@@ -247,28 +248,16 @@ async def _replace(path: Path, data: bytes) -> None:
     await asyncio.to_thread(_sync_folder, path.parent)
 
 
+def _head_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
 def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
-
-
-def _check_database(path: Path) -> None:
-    """SQLite's own check, every index included. Raises StateError."""
-    try:
-        # Immutable: nobody else has the file, and SQLite leaves no files of its own beside it.
-        db = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
-        try:
-            problems = [str(row[0]) for row in db.execute("PRAGMA integrity_check(3)")]
-            if not db.execute("PRAGMA page_count").fetchone()[0]:  # SQLite takes an empty file for an empty database
-                problems = ["it is empty"]
-        finally:
-            db.close()
-    except sqlite3.Error as e:
-        problems = [str(e)]
-    if problems != ["ok"]:
-        raise StateError(f"{path} is no whole database: {'; '.join(problems)}.", hint="An older backup may be whole.")
 
 
 def _open_private(path: str, flags: int) -> int:

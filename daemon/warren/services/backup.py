@@ -108,6 +108,7 @@ class Backups:
         self._engines, self._delivery, self._options = engines, delivery, options
         self._now, self._random01 = now, random01
         self._jobs: dict[str, _Job] = {}
+        self._ending: dict[str, _Job] = {}
         self._slots = asyncio.Semaphore(options.concurrency)
         self._told: dict[str, float] = {}
         self._closing = False
@@ -148,13 +149,17 @@ class Backups:
         return self._jobs[session].lock
 
     def end(self, session: str) -> None:
-        """The session is not served here any more."""
+        """The session is not served here any more: nothing more of it is put."""
         if (job := self._jobs.pop(session, None)) is not None:
             job.settled = False
             self._unschedule(job)
+            self._ending[session] = job
 
     async def forget(self, session: str) -> None:
-        """Delete every object of the session, the key first. Raises StorageError."""
+        """Delete every object of a session that has ended, the key first. Raises StorageError."""
+        if (job := self._ending.get(session)) is not None:
+            async with job.lock:  # what is being put must not arrive behind our back
+                del self._ending[session]
         if self._vault is not None:
             await self._vault.forget(session)
         await self._store.write(RemoveBackup(session))
@@ -170,9 +175,7 @@ class Backups:
         """Back up now, whether the timer is up or not; the position afterwards. Raises CommandError."""
         job = self._jobs.get(session)
         if job is None:
-            raise CommandError(
-                "no_storage", "This warren keeps no backups.", hint="Set `[storage] mode` to `hybrid`.", final=False
-            )
+            raise no_storage()
         if not job.settled:
             raise CommandError(
                 "backup_failed",
@@ -223,7 +226,7 @@ class Backups:
             "position": f"{row.epoch}/{row.sequence}" if row is not None and row.sequence else None,
             "at": _time(row.at) if row is not None and done else None,
             "size": row.size if row is not None and done else 0,
-            "pending": job.dirty,
+            "pending": job.dirty or job.lock.locked(),
             "failures": job.failures,
             "message": job.trouble or None,
         }
@@ -425,6 +428,10 @@ class Backups:
         if not any(j.failures for j in self._jobs.values()):
             self._told.clear()
             logger.bind(action="backup_recovered", session=job.owner.id).info("Backups have recovered.")
+
+
+def no_storage() -> CommandError:
+    return CommandError("no_storage", "This warren keeps no backups.", hint="Set `[storage] mode` to `hybrid`.", final=False)
 
 
 def _digest(body: bytes, database: bytes) -> str:

@@ -35,10 +35,12 @@ MAX_EPHEMERAL = 100
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOptions:
-    """`answer_after_s`: how long WhatsApp waits for RabbitMQ once the event is on disk. `max_bytes` bounds the outbox."""
+    """`answer_after_s`: how long WhatsApp waits for RabbitMQ once the event is on disk; None: until it is confirmed. `max_bytes`
+    bounds the outbox.
+    """
 
     instance: str
-    answer_after_s: float = 0.25
+    answer_after_s: float | None = 0.25
     max_bytes: int = 1 << 30
     publishes_at_once: int = 100
     retry_base_s: float = 0.2
@@ -60,9 +62,10 @@ class Ticket:
         self.confirmed: asyncio.Future[None] = loop.create_future()
         self.safe: asyncio.Future[None] = loop.create_future()
 
-    def mark_stored(self, answer_after_s: float) -> None:
+    def mark_stored(self, answer_after_s: float | None) -> None:
         _done(self.stored)
-        asyncio.get_running_loop().call_later(answer_after_s, _done, self.safe)
+        if answer_after_s is not None:
+            asyncio.get_running_loop().call_later(answer_after_s, _done, self.safe)
 
     def mark_confirmed(self) -> None:
         for future in (self.stored, self.confirmed, self.safe):
@@ -246,6 +249,7 @@ class Delivery:
         Never blocks: callers bound what they have in flight by waiting for the ticket. Raises TypeError for data that is no JSON.
         """
         lane, encoded = self._lane(session), orjson.Fragment(orjson.dumps(data))
+        awaited = awaited or self._options.answer_after_s is None
         if event_id is not None and (repeated := lane.ids.get(event_id)) is not None and journal is None and not also:
             return repeated
         ticket = Ticket()

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loguru import logger
 
-from warren.errors import BrokerUnavailable, CommandError, OwnershipError, StateError, WarrenError
+from warren.core.backoff import delay
+from warren.core.backup_names import MAX_NUMBER
+from warren.errors import BrokerUnavailable, CommandError, OwnershipError, StateError, StorageError, WarrenError
 from warren.ports import Bus, Claim, Desired, OnMessage, PutSession, SessionRecord, Store
 from warren.services.session import Deps, Session, SessionOptions
 
@@ -36,6 +38,7 @@ class Fleet:
         self._actors: dict[str, asyncio.Task[None]] = {}
         self._resuming: set[asyncio.Task[None]] = set()
         self._removals: dict[str, asyncio.Task[None]] = {}
+        self._adopting: asyncio.Task[None] | None = None
         self._on_control: OnMessage
         self._on_work: OnMessage
 
@@ -53,6 +56,8 @@ class Fleet:
                 self._resuming.add(task)
                 task.add_done_callback(self._resuming.discard)
         logger.bind(action="fleet_started", sessions=len(self._sessions)).info("Taking up {} sessions.", len(self._sessions))
+        if self._deps.backups.on:
+            self._adopting = asyncio.create_task(self._adopt_all(), name="fleet.adopting")
 
     def use(self, options: SessionOptions) -> None:
         """From now on, for all sessions; a wait that has begun goes on as it is."""
@@ -130,9 +135,62 @@ class Fleet:
         self._deps.changed(session.id)
         return session
 
+    # --- sessions that this machine does not know
+
+    async def _adopt_all(self) -> None:
+        """Take up what the store has and nobody serves. Tried until the store has been looked at once."""
+        attempt = 0
+        while True:
+            try:
+                await self._bus.connected.wait()
+                known = {r.session: r.epoch for r in await self._store.sessions() if r.desired is Desired.GONE}
+                known |= dict.fromkeys((*self._sessions, *self._removals), MAX_NUMBER)
+                found = await self._deps.restorer.strangers(known)
+                for session in found:
+                    await self._adopt(session)
+            except (StorageError, BrokerUnavailable, StateError) as e:
+                if attempt == 0:
+                    logger.bind(action="adoption_waits").warning("Sessions in the store cannot be looked for: {}", e)
+                await asyncio.sleep(delay(attempt, base_s=1.0, cap_s=60.0, random01=self._deps.random01()))
+                attempt += 1
+            except Exception:
+                logger.bind(action="fleet_bug").exception("Taking up sessions from the store met a bug.")
+                return
+            else:
+                if found:
+                    logger.bind(action="adopted", sessions=len(found)).info("The store had {} sessions more.", len(found))
+                return
+
+    async def _adopt(self, session: str) -> None:
+        """Claim a session that only the store knows, and put on record what its last backup says; its state comes when it opens.
+
+        Raises StorageError, BrokerUnavailable, StateError.
+        """
+        if session in self._sessions or session in self._removals or len(self._sessions) >= self._options.max_sessions:
+            return
+        if (peeked := await self._deps.restorer.peek(session)) is None:
+            return
+        stored, epoch = peeked
+        try:
+            claim = await self._bus.claim(session, on_control=self._on_control, on_work=self._on_work)
+        except OwnershipError:
+            return  # it is served elsewhere
+        if session in self._sessions:  # by a `create` that came meanwhile
+            await claim.release()
+            return
+        record = replace(stored.record, epoch=epoch)
+        try:
+            await self._store.write(PutSession(record), *stored.beside(()))
+        except StateError:
+            await claim.release()
+            raise
+        logger.bind(action="adopted", session=session).info("Session {} is taken up from the store.", session)
+        self._add(record, claim).resume()
+
     # --- the end of a session
 
     def _on_removed(self, session: Session) -> None:
+        self._deps.backups.end(session.id)
         self._sessions.pop(session.id, None)
         self._actors.pop(session.id, None)
         self._deps.changed(session.id)
@@ -150,6 +208,8 @@ class Fleet:
         while True:
             try:
                 await self._deps.state_dir.remove(record.session)
+                # Before the lock is given up: whoever finds its backups then would take the session up again.
+                await self._deps.backups.forget(record.session)
                 await self._bus.connected.wait()
                 await claim.release(remove=True)
                 gone = SessionRecord(record.session, record.epoch, Desired.GONE)
@@ -174,6 +234,7 @@ class Fleet:
     async def stop(self) -> None:
         """End the actors."""
         tasks = [*self._resuming, *self._actors.values(), *self._removals.values()]
+        tasks += [self._adopting] if self._adopting is not None else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -33,7 +33,7 @@ from warren.core.backup_plan import (
     next_epoch,
 )
 from warren.core.sealing import Kind, Sealed
-from warren.errors import SealError, StateError, StorageError
+from warren.errors import SealError, StorageError
 from warren.ports import BackupRow, Listed, PutBackup, SessionRecord, StateDir, Store
 from warren.services.backup import Backups
 from warren.services.session_record import End, Stored, decode, decode_end, encode_end
@@ -246,7 +246,7 @@ class Restorer:
         if at is not None and at not in listed:
             raise SealError(f"There is no backup {at} of session {session}.", hint="`warren backup list` shows what there is.")
         if places:
-            await vault.key(session)  # without it nothing opens, and that must not look like damage
+            await vault.key(session)  # raises: without it nothing opens, and that must not look like damage
         opened: dict[Place, Kind | None] = {}
         stored: dict[Place, Stored] = {}
         end: End | None = None
@@ -260,7 +260,7 @@ class Restorer:
                 elif sealed is not None and sealed.kind is Kind.STATE:
                     stored[place] = await self._prove(session, place, sealed, stage=stage)
                 opened[place] = None if sealed is None else sealed.kind
-            except (SealError, StateError) as e:
+            except SealError as e:
                 logger.bind(action="backup_damaged", session=session, position=str(place)).error("{}", e)
                 opened[place] = None
 

@@ -13,7 +13,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import segno
@@ -21,17 +21,20 @@ from loguru import logger
 
 from warren.core import events
 from warren.core.backoff import delay
-from warren.core.envelope import CreateArgs, Outcome, timestamp
+from warren.core.backup_names import Place
+from warren.core.envelope import CreateArgs, Outcome, RestoreArgs, timestamp
 from warren.core.frames import EngineEvent
 from warren.core.limiter import Pace, Window
-from warren.core.machine import CAUSES, Cause, IllegalTrigger, State, Trigger, cause_of, step
+from warren.core.machine import CAUSES, LIVE, Cause, IllegalTrigger, State, Trigger, cause_of, halted_state, step
 from warren.core.metrics import Metrics
 from warren.core.names import event_id
-from warren.errors import CommandError, EngineError, StateError
-from warren.ports import Claim, Desired, Incoming, PutSession, SessionRecord, StateDir, Store
+from warren.errors import CommandError, EngineError, SealError, StateError, StorageError
+from warren.ports import Claim, Desired, Incoming, PutBackup, PutSession, SessionRecord, StateDir, Store
+from warren.services.backup import Backups, no_storage
 from warren.services.delivery import Delivery
 from warren.services.engines import Engines
 from warren.services.outcomes import Exhausted, Outcomes, Task
+from warren.services.restore import Restored, Restorer, Tell
 from warren.services.sending import ACK_GRACE_S, SEND_TIMEOUT_S, Pacer, Pacing, RequestSend, SendLane, expired_error
 
 MAILBOX = 1_000
@@ -69,6 +72,8 @@ class Deps:
     engines: Engines
     delivery: Delivery
     outcomes: Outcomes
+    backups: Backups
+    restorer: Restorer
     connecting: asyncio.Semaphore
     """Bounds how many sessions connect at the same time."""
     options: SessionOptions
@@ -125,7 +130,7 @@ class Session:
 
     def __init__(self, record: SessionRecord, claim: Claim, deps: Deps) -> None:
         self.id = record.session
-        self.state = State(record.halted) if record.halted else State.STOPPED
+        self.state = halted_state(record.halted) if record.halted else State.STOPPED
         self._record, self._claim, self._deps = record, claim, deps
         self._mailbox: asyncio.Queue[_Item] = asyncio.Queue(MAILBOX)
         self._since = deps.now()
@@ -149,8 +154,13 @@ class Session:
         self._stopping: list[Task] = []
         self._halted: asyncio.Future[None] | None = None
         self._removed = False
+        self._looking: asyncio.Task[None] | None = None
+        self._order: Task | None = None
+        self._rescued = False
+        self._backing_up: set[asyncio.Task[None]] = set()
         self._log = logger.bind(session=self.id)
         deps.delivery.begin(record)
+        deps.backups.begin(self)
 
     # --- in, from anywhere in the event loop
 
@@ -172,6 +182,8 @@ class Session:
         """Close the connection without changing what the registry wants (shutdown). Done when it is closed."""
         if self._halted is None:
             self._halted = asyncio.get_running_loop().create_future()
+            if self._looking is not None:
+                self._looking.cancel()
             self._post(_Halt())
         return self._halted
 
@@ -185,6 +197,10 @@ class Session:
             self._inbound(event)
         elif (happened := self._happened(event)) is not None:
             self._post(happened)
+
+    def superseded(self) -> None:
+        """The store shows that somebody else owns the session: stand down until somebody publishes `create`."""
+        self._post(_Happened(Trigger.SUPERSEDED, None, CAUSES["superseded"]))
 
     @property
     def record(self) -> SessionRecord:
@@ -214,6 +230,7 @@ class Session:
             "attempt": self._attempt,
             "last_message_at": self._last_message_at,
             "outbox": self._deps.delivery.backlog(self.id),
+            "backup": self._deps.backups.status(self.id),
             "qr": self._qr if self.state is State.PAIRING else None,
             "pairing_code": self._pairing_code if self.state is State.PAIRING else None,
         }
@@ -223,6 +240,7 @@ class Session:
     async def run(self) -> None:
         """The actor. A bug in handling one thing becomes a state and a log line, never the end of other sessions."""
         try:
+            await self._look_back()
             while not self._removed:
                 item = await self._mailbox.get()
                 try:
@@ -232,8 +250,9 @@ class Session:
                     await self._contain(item)
         finally:
             self._cancel_timer()
-            if self._beside is not None:
-                self._beside.cancel()
+            for task in (self._beside, self._looking, *self._backing_up):
+                if task is not None:
+                    task.cancel()
 
     def _post(self, item: _Item) -> None:
         try:
@@ -264,7 +283,7 @@ class Session:
             self._deps.outcomes.fail(
                 item, CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
             )
-        elif self.state in {State.CONNECTING, State.PAIRING, State.ONLINE}:
+        elif self.state in LIVE:
             self._over = self._generation
             self._close_beside()
             with contextlib.suppress(Exception):
@@ -286,6 +305,10 @@ class Session:
                     await self._disconnect(task)
                 case "logout":
                     await self._logout(task)
+                case "backup":
+                    self._back_up(task)
+                case "restore":
+                    await self._restore(task)
         except Exhausted as e:
             if await self._deps.outcomes.to_dead(task.incoming, e):
                 self._deps.outcomes.fail(task, e)
@@ -325,7 +348,7 @@ class Session:
         self._deps.outcomes.finish(task, Outcome("disconnect", task.command.id, {"state": self.state.value}))
 
     async def _halt(self) -> None:
-        if self.state in {State.CONNECTING, State.PAIRING, State.ONLINE}:
+        if self.state in LIVE:
             await self._apply(Trigger.STOP, _SHUTDOWN, {})
         self._cancel_timer()
         if self.state is not State.STOPPING:
@@ -380,6 +403,140 @@ class Session:
             ) from e
         self._deps.engines.forget(self.id, self._generation)
 
+    # --- backups
+
+    async def _look_back(self) -> None:
+        """A session that has no phone here may have had one elsewhere: nothing of it is told or done before that is known."""
+        if self._record.paired or self._record.halted or not self._deps.backups.on:
+            return
+        self._looking = asyncio.create_task(self._until_known(), name=f"look-back.{self.id}")
+        await asyncio.wait({self._looking})
+        looking, self._looking = self._looking, None
+        if looking.cancelled() or self.state is State.RESTORING:
+            self._enter(State.STOPPED, None)
+        elif (bug := looking.exception()) is not None:
+            # Not settled: its first `open` looks again, and says what is wrong.
+            self._log.bind(action="session_bug").opt(exception=bug).error("Looking for backups of the session failed.")
+
+    async def _until_known(self) -> None:
+        try:
+            restored = await self._deps.restorer.check(
+                self._record, lambda code, what: self._enter(State.RESTORING, _cause(code, what))
+            )
+        except SealError as e:
+            self._enter(State.QUARANTINED, _cause("backup_damaged", str(e)))
+            return
+        if restored is not None:
+            await self._take_up(restored)
+
+    async def _take_up(self, restored: Restored) -> None:
+        """Go on as what came back: its epoch, its settings where there are none here, its journal and limits."""
+        pacing = restored.stored.beside(await self._deps.store.pacing(self.id))
+        record = replace(restored.stored.merged(self._record), epoch=restored.row.epoch, sequence=0)
+        await self._deps.store.write(PutSession(record), PutBackup(restored.row), *pacing)
+        self._record, self._pacer = record, None
+        self._deps.delivery.begin(record)
+        self._deps.backups.settle(self.id, restored.row, at_once=True)
+        task, self._order = self._order, None
+        if task is not None:
+            told = {"position": str(restored.place), "epoch": record.epoch}
+            self._deps.outcomes.finish(task, Outcome("restore", task.command.id, told))
+
+    def _back_up(self, task: Task) -> None:
+        """`backup`: beside the actor, because the store may be slow."""
+
+        async def run() -> None:
+            try:
+                row = await self._deps.backups.now(self.id)
+            except CommandError as e:
+                self._deps.outcomes.fail(task, e)
+                return
+            at = timestamp(datetime.fromtimestamp(row.at, UTC))
+            told = {"position": f"{row.epoch}/{row.sequence}", "at": at, "size": row.size}
+            self._deps.outcomes.finish(task, Outcome("backup", task.command.id, told))
+
+        running = asyncio.create_task(run(), name=f"backup-command.{self.id}")
+        self._backing_up.add(running)
+        running.add_done_callback(self._backing_up.discard)
+
+    async def _restore(self, task: Task) -> None:
+        """Close the session, restore, and go on as before; the outcome comes when it is known."""
+        if not self._deps.backups.on:
+            raise no_storage()
+        if self._order is not None or self.state in {State.LOGGED_OUT, State.STOPPING}:
+            raise CommandError(
+                "not_now",
+                f"The session is {self.state.value}.",
+                hint="A device that is unlinked cannot be restored: publish `create`. Else wait, and publish `restore` again.",
+                final=False,
+            )
+        if self.state is State.ONLINE:
+            await self._leave_online()
+        await self._close_beside_and_wait()
+        self._over = self._generation
+        self._order = task
+        self._deps.backups.unsettle(self.id)
+        await self._apply(Trigger.RESTORE, CAUSES["restoring"], {})
+        self._cancel_timer()
+        self._open_beside()
+
+    async def _may_open(self, generation: int) -> bool:
+        """Whether what is on this disk is what to go on with. If not, what follows is on its way to the mailbox."""
+        told = False
+
+        def tell(code: str, what: str) -> None:
+            nonlocal told
+            told = True
+            self._post(_Happened(Trigger.RESTORE, generation, _cause(code, what)))
+
+        try:
+            if self._order is not None:
+                restored = await self._restore_as_ordered(self._order, tell)
+            else:
+                restored = await self._deps.restorer.check(self._record, tell)
+        except SealError as e:
+            self._log.bind(action="backup_damaged").error("{}", e)
+            self._post(_Happened(Trigger.UNREADABLE, generation, _cause("backup_damaged", str(e))))
+            return False
+        if restored is not None or told:
+            self._go_on(generation, restored)
+            return False
+        return True
+
+    def _go_on(self, generation: int, restored: Restored | None) -> None:
+        data = {} if restored is None else {"restored": restored}
+        if self._record.desired is Desired.RUNNING:
+            self._post(_Happened(Trigger.RESTORED, generation, None, data))
+        else:
+            self._post(_Happened(Trigger.STOP, generation, _REQUESTED, data))
+
+    async def _restore_as_ordered(self, task: Task, tell: Tell) -> Restored | None:
+        args = task.command.args
+        assert isinstance(args, RestoreArgs)
+        try:
+            return await self._deps.restorer.restore(self._record, Place.parse(args.at) if args.at else None, tell)
+        except (StorageError, SealError, StateError) as e:
+            self._order = None
+            self._deps.outcomes.fail(task, CommandError("restore_failed", e.message, hint=e.hint, final=False))
+            tell("restoring", "")
+            return None
+
+    async def _rescue(self, generation: int) -> bool:
+        """The state on this disk cannot be used. Whether a backup takes its place; tried once between two connections."""
+        if self._rescued:
+            return False
+        self._rescued = True
+        try:
+            restored = await self._deps.restorer.rescue(
+                self._record, lambda code, what: self._post(_Happened(Trigger.RESTORE, generation, _cause(code, what)))
+            )
+        except (StorageError, SealError, StateError) as e:
+            self._log.bind(action="rescue_failed").error("No backup could take the place of the damaged state: {}", e)
+            return False
+        if restored is not None:
+            self._go_on(generation, restored)
+        return restored is not None
+
     async def _save(self, record: SessionRecord) -> None:
         if record != self._record:
             try:
@@ -387,6 +544,7 @@ class Session:
             except StateError as e:
                 raise CommandError("internal", e.message, hint=e.hint, final=False) from e
             self._record = record
+            self._deps.backups.changed(self.id)
 
     # --- the machine
 
@@ -402,9 +560,12 @@ class Session:
             return
         if before is State.ONLINE:
             await self._leave_online()
+        if (restored := data.get("restored")) is not None:
+            await self._take_up(restored)
         if trigger is Trigger.PAIRED:
             await self._save(replace(self._record, paired=True))
         if trigger is Trigger.CONNECTED:
+            self._rescued = False
             account = {k: data.get(k) for k in ("jid", "lid", "push_name")}
             await self._save(replace(self._record, paired=True, account=account))
         if trigger is Trigger.QR:
@@ -462,6 +623,10 @@ class Session:
                 self._set_timer(max(1.0, (self._until - self._deps.now()).total_seconds()))
             case State.STOPPING if before is not State.STOPPING:
                 self._close_beside(then=Trigger.CLOSED)
+            case State.QUARANTINED if trigger is Trigger.SUPERSEDED:
+                self._cancel_timer()
+                self._over = self._generation
+                self._close_beside()
             case State.STOPPED:
                 self._cancel_timer()
                 self._attempt = 0
@@ -474,6 +639,9 @@ class Session:
         waiting, self._stopping = self._stopping, []
         for task in waiting:
             self._disconnected(task)
+        order, self._order = self._order, None
+        if order is not None:
+            self._deps.outcomes.fail(order, CommandError("not_now", "The session was stopped meanwhile.", final=False))
         if self._halted is not None:
             self._report_halted()
         elif self._record.desired is Desired.RUNNING and self.state is State.STOPPED:
@@ -483,6 +651,8 @@ class Session:
         """Keep over a restart that the session waits for somebody. A ban or damaged state is found again by trying."""
         for_good = self.state is State.LOGGED_OUT or (self.state is State.REPLACED and self._timer is None)
         halted = self.state.value if for_good else ""
+        if self.state is State.QUARANTINED and self._cause is not None and self._cause.trigger is Trigger.SUPERSEDED:
+            halted = self._cause.code
         if halted != self._record.halted:
             await self._save(
                 replace(self._record, halted=halted, paired=self._record.paired and halted != State.LOGGED_OUT.value)
@@ -522,6 +692,8 @@ class Session:
         self._timer = None
         match self.state:
             case State.ONLINE:
+                with contextlib.suppress(StateError):  # what cannot be deleted now can be deleted another time
+                    await self._deps.state_dir.tidy(self.id)
                 # Only a connection that held for a while proves that the trouble is over.
                 self._attempt, self._replaced_before = 0, False
             case State.REPLACED if not self._claim.held:
@@ -542,6 +714,8 @@ class Session:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
         try:
+            if not await self._may_open(generation):
+                return
             async with self._deps.connecting:
                 opened = await self._request_open(generation)
                 if self._record.paired and not opened.get("paired"):
@@ -553,6 +727,8 @@ class Session:
         except EngineError as e:
             self._log.bind(action="open_failed", reason=e.engine_code).warning("The engine could not open the session: {}", e)
             await self._request_close(generation)
+            if e.engine_code in {"state_unreadable", "state_missing"} and await self._rescue(generation):
+                return
             self._lost(generation, e.engine_code if e.engine_code in CAUSES else "engine_unavailable")
         except StateError as e:
             reason = "disk_trouble" if e.retryable else "state_unreadable"
@@ -633,6 +809,9 @@ class Session:
                 return self._ended(generation, str(data.get("reason")), data)
             case "keepalive":
                 return self._keepalive(generation, data)
+            case "changed":
+                self._deps.backups.changed(self.id, at_once=data.get("kind") == "identity")
+                return None
         self._log.bind(action="engine_event_unknown").warning("The engine sent an unknown event {}.", event.event)
         return None
 
@@ -735,6 +914,12 @@ _REQUESTED = Cause(
 _LOGGED_OUT_BY_COMMAND = Cause(
     Trigger.LOGGED_OUT, "logged_out", "`logout` was asked for: the device is unlinked and the session removed."
 )
+
+
+def _cause(code: str, what: str) -> Cause:
+    """A cause with what exactly is the matter."""
+    cause = CAUSES[code]
+    return replace(cause, message=f"{cause.message} ({what})") if what else cause
 
 
 def qr_image(code: str) -> str:

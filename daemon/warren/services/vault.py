@@ -7,8 +7,9 @@ import hashlib
 
 from warren.core.backup_names import Names, Place
 from warren.core.sealing import DataKey, Keyring, Position, Sealed, new_data_key, open_sealed, seal_end, seal_state, unwrap, wrap
-from warren.errors import SealError, StorageError
+from warren.errors import ConfigError, SealError, StorageError
 from warren.ports import Listed, ObjectStore
+from warren.services.backup_keys import check_keys
 
 
 class Vault:
@@ -17,19 +18,37 @@ class Vault:
     def __init__(self, objects: ObjectStore, names: Names, keyring: Keyring) -> None:
         self._objects, self._names, self._keyring = objects, names, keyring
         self._keys: dict[str, DataKey] = {}
+        self._checked = False
+        self._checking = asyncio.Lock()
+
+    async def check(self) -> None:
+        """See that key and store are the right ones; nothing is read or written before. Raises ConfigError, StorageError."""
+        async with self._checking:
+            if not self._checked:
+                await check_keys(self._objects, self._names, self._keyring)
+                self._checked = True
+
+    async def _store(self) -> ObjectStore:
+        """The store, once it is checked: at the start it may have been away."""
+        if not self._checked:
+            try:
+                await self.check()
+            except ConfigError as e:
+                raise StorageError(e.message, kind="misconfigured", hint=e.hint) from e
+        return self._objects
 
     # --- looking
 
     async def listed(self, session: str) -> dict[Place, Listed]:
         """The objects of a session, ascending, whatever they turn out to be."""
-        objects = await self._objects.list(self._names.session(session))
+        objects = await (await self._store()).list(self._names.session(session))
         parsed = ((self._names.parse(found.name), found) for found in objects)
         return dict(sorted((told[1], found) for told, found in parsed if told is not None and told[1] is not None))
 
     async def sessions(self) -> dict[str, list[Place]]:
         """Every session that has objects, with their places, ascending."""
         found: dict[str, list[Place]] = {}
-        for listed in await self._objects.list(self._names.prefix):
+        for listed in await (await self._store()).list(self._names.prefix):
             told = self._names.parse(listed.name)
             if told is not None and told[1] is not None:
                 found.setdefault(told[0], []).append(told[1])
@@ -38,7 +57,7 @@ class Vault:
     async def read(self, session: str, place: Place, size: int | None = None) -> Sealed | None:
         """Open an object; None: it is not there. `size` is what the listing said: less is a read that was cut, not damage."""
         key = await self.key(session)
-        found = await self._objects.get(self._names.backup(session, place))
+        found = await (await self._store()).get(self._names.backup(session, place))
         if found is None:
             return None
         if size is not None and len(found.data) != size:
@@ -47,7 +66,7 @@ class Vault:
 
     async def digest(self, session: str, place: Place) -> str | None:
         """SHA-256 of an object as it lies in the store; None: it is not there."""
-        found = await self._objects.get(self._names.backup(session, place))
+        found = await (await self._store()).get(self._names.backup(session, place))
         return None if found is None else sha256(found.data)
 
     async def key(self, session: str, *, make: bool = False) -> DataKey:
@@ -58,7 +77,7 @@ class Vault:
 
     async def _key(self, session: str, *, make: bool) -> DataKey:
         name = self._names.key(session)
-        found = await self._objects.get(name)
+        found = await (await self._store()).get(name)
         if found is not None:
             return unwrap(self._keyring, session, found.data)
         if not make:
@@ -67,7 +86,7 @@ class Vault:
                 hint="It goes first when a session is logged out. What is left of its backups can be deleted.",
             )
         key = new_data_key()
-        if await self._objects.create(name, wrap(self._keyring, session, key)):
+        if await (await self._store()).create(name, wrap(self._keyring, session, key)):
             return key
         raise StorageError(f"The key of session {session} was made by somebody else at this moment.", kind="unavailable")
 
@@ -82,19 +101,19 @@ class Vault:
 
     async def create(self, session: str, place: Place, sealed: bytes) -> bool:
         """False: the place is taken."""
-        return await self._objects.create(self._names.backup(session, place), sealed)
+        return await (await self._store()).create(self._names.backup(session, place), sealed)
 
     # --- deleting
 
     async def delete(self, session: str, place: Place) -> None:
-        await self._objects.delete(self._names.backup(session, place))
+        await (await self._store()).delete(self._names.backup(session, place))
 
     async def forget(self, session: str) -> None:
         """Delete everything of a session; the key first, which makes the rest unreadable at once."""
         self._keys.pop(session, None)
-        await self._objects.delete(self._names.key(session))
-        for listed in await self._objects.list(self._names.session(session)):
-            await self._objects.delete(listed.name)
+        await (await self._store()).delete(self._names.key(session))
+        for listed in await (await self._store()).list(self._names.session(session)):
+            await (await self._store()).delete(listed.name)
 
 
 def sha256(data: bytes) -> str:
