@@ -314,6 +314,7 @@ class Daemon:
             ),
             now=_now,
             random01=random.random,
+            metrics=p.metrics,
         )
         p.restorer = Restorer(
             vault,

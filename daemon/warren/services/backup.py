@@ -23,6 +23,7 @@ from warren.core.backoff import delay
 from warren.core.backup_names import Place
 from warren.core.backup_plan import DAY_S, prune
 from warren.core.envelope import timestamp
+from warren.core.metrics import Metrics
 from warren.errors import CommandError, StateError, StorageError, WarrenError
 from warren.ports import BackupRow, PutBackup, RemoveBackup, SessionRecord, StateDir, Store
 from warren.services.delivery import Delivery
@@ -103,17 +104,16 @@ class Backups:
         options: BackupOptions,
         now: Callable[[], datetime],
         random01: Callable[[], float],
+        metrics: Metrics | None = None,
     ) -> None:
         self._vault, self._store, self._state_dir = vault, store, state_dir
         self._engines, self._delivery, self._options = engines, delivery, options
-        self._now, self._random01 = now, random01
+        self._now, self._random01, self._metrics = now, random01, metrics or Metrics()
         self._jobs: dict[str, _Job] = {}
         self._ending: dict[str, _Job] = {}
         self._slots = asyncio.Semaphore(options.concurrency)
         self._told: dict[str, float] = {}
         self._closing = False
-        self.puts = 0
-        """Backups put since the start."""
 
     @property
     def on(self) -> bool:
@@ -314,7 +314,7 @@ class Backups:
         if digest == row.digest and row.sequence:
             return
         row, size = await self._put(job, row, body, database)
-        self.puts += 1
+        self._metrics.backup(ok=True, size=size)
         job.row = replace(row, at=self._now().timestamp(), size=size, digest=digest)
         await self._store.write(PutBackup(job.row))
 
@@ -384,6 +384,7 @@ class Backups:
     def _failed(self, job: _Job, error: WarrenError) -> None:
         job.dirty = True
         job.failures += 1
+        self._metrics.backup(ok=False)
         job.trouble = str(error)
         kind = error.kind if isinstance(error, StorageError) else error.code
         self._complain(kind, job, error)

@@ -89,8 +89,6 @@ class Restorer:
         self._vault, self._store, self._state_dir, self._backups = vault, store, state_dir, backups
         self._options, self._now, self._random01 = options, now, random01
         self._slots = asyncio.Semaphore(options.concurrency)
-        self.restored = 0
-        """States brought back since the start."""
 
     # --- before a session is opened
 
@@ -230,7 +228,6 @@ class Restorer:
                 if epoch is not None:
                     break
             await self._state_dir.install(session, epoch)
-        self.restored += 1
         modified = listed[chosen.place].modified
         logger.bind(action="restored", session=session, position=str(chosen.place), epoch=epoch).info(
             "Restored from the backup {} of {:.0f} s ago.", chosen.place, max(0.0, self._now().timestamp() - modified)
