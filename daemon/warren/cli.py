@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from warren import __version__
+from warren import __version__, cli_backup
 from warren.cli_base import (
     CALL_TIMEOUT_S,
     EXIT_CODES,
@@ -405,6 +405,20 @@ def build_parser() -> argparse.ArgumentParser:
         "session", help="create, send, disconnect, logout, status, list", parents=[common], description="Commands for sessions."
     )
     _add_session_commands(session.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), add)
+    backup = commands.add_parser(
+        "backup",
+        help="list, verify, now, restore, prune, stats",
+        parents=[common],
+        description="The sessions' backups in the object store.",
+    )
+    keys = commands.add_parser(
+        "keys", help="generate, check, rotate", parents=[common], description="The key that the backups are encrypted with."
+    )
+    cli_backup.add_commands(
+        backup.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
+        keys.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
+        add,
+    )
     qr = add(commands, "qr", _qr, "draw the QR code of a session, renewed until it is connected", "warren qr acme")
     qr.add_argument("session", metavar="SESSION", type=session_id)
     watch = add(

@@ -15,10 +15,11 @@ from warren.services.backup_keys import check_keys
 class Vault:
     """One try each; whoever calls repeats. Everything raises StorageError, and SealError for what does not open."""
 
-    def __init__(self, objects: ObjectStore, names: Names, keyring: Keyring) -> None:
+    def __init__(self, objects: ObjectStore, names: Names, keyring: Keyring, *, checked: bool = False) -> None:
+        """`checked`: `check` is not needed, for who only reads."""
         self._objects, self._names, self._keyring = objects, names, keyring
         self._keys: dict[str, DataKey] = {}
-        self._checked = False
+        self._checked = checked
         self._checking = asyncio.Lock()
 
     async def check(self) -> None:
