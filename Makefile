@@ -16,7 +16,7 @@ ENGINE_SOURCES := $(shell find engine -mindepth 1 -path engine/bin -prune -o \( 
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: .venv/.ready engine/bin/.ready ## everything the other targets need; quick when there is nothing to do
@@ -71,6 +71,26 @@ run: setup ## the daemon, with a private RabbitMQ unless [amqp] url is set; stat
 .PHONY: schemas
 schemas: .venv/.ready ## schemas/ (JSON Schema, AsyncAPI) from the Python models
 	@$(BIN)/python tools/make_schemas.py
+
+.PHONY: wheel
+wheel: .venv/.ready ## dist/: a wheel with the engine in it, which needs no Go where it is installed
+	@GO="$(GO)" $(BIN)/python -m hatchling build -t wheel
+
+.PHONY: dist
+dist: .venv/.ready ## dist/: wheel, source, and the corresponding source of the engine with all that is linked into it
+	@GO="$(GO)" tools/build-dist
+
+.PHONY: deb
+deb: .venv/.ready ## dist/: a Debian package for the Debian or Ubuntu this runs on
+	@GO="$(GO)" tools/build-deb
+
+.PHONY: try-deb
+try-deb: deb ## installs, uses, upgrades, removes and purges the package in a throw-away root (root only)
+	@tools/try-deb "$$(ls -t dist/*.deb | head -n 1)"
+
+.PHONY: wheel-demo
+wheel-demo: ## a fresh clone's wheel in a clean environment without Go, and the demo with it
+	@GO="$(GO)" tools/wheel-demo
 
 .PHONY: lock
 lock: ## newest versions that pyproject.toml allows, pinned with hashes

@@ -555,7 +555,7 @@ def _unknown_variable(variable: str, known: list[str]) -> list[str]:
 
 def _toml(config: Path | None) -> _Layer:
     named = config or (Path(given) if (given := os.environ.get(CONFIG_ENV)) else None)
-    path = named or next((place for place in CONFIG_PLACES if place.exists()), None)
+    path = named or next((place for place in CONFIG_PLACES if _is_there(place)), None)
     if path is None:
         return _Layer({}, {"": "default"})
     try:
@@ -567,6 +567,14 @@ def _toml(config: Path | None) -> _Layer:
         raise ConfigError(f"{path} cannot be read: {e.strerror}.", hint="Check its owner and mode.") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} is not TOML: {e}.", hint="See config.example.toml for the form.") from e
+
+
+def _is_there(path: Path) -> bool:
+    """A folder that is closed to us (/etc/warren is the daemon's) is none of ours."""
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
 
 
 _HEADER = re.compile(r"\s*\[\s*([\w.-]+)\s*\]")
