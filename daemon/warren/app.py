@@ -442,7 +442,9 @@ class Daemon:
 
     def _engine_options(self) -> EngineOptions:
         e = self.settings.engine
-        return EngineOptions(e.sessions_per_process, e.ping_interval_s, e.ping_timeout_s)
+        return EngineOptions(
+            e.sessions_per_process, e.ping_interval_s, e.ping_timeout_s, memory_ceiling=e.memory_ceiling_mb * 1_000_000
+        )
 
     def _delivery_options(self) -> DeliveryOptions:
         d = self.settings.delivery
@@ -477,7 +479,9 @@ class Daemon:
             backups=p.backups,
             restorer=p.restorer,
             connecting=asyncio.Semaphore(s.fleet.connects_at_once),
-            options=SessionOptions(s.whatsapp.device_name, r.base_s, r.cap_s, r.alarm_after, r.stable_s, self._pacing()),
+            options=SessionOptions(
+                s.whatsapp.device_name, r.base_s, r.cap_s, r.alarm_after, r.stable_s, self._pacing(), s.fleet.idle_timeout_s
+            ),
             now=_now,
             random01=random.random,
             on_removed=on_removed,

@@ -244,7 +244,7 @@ async def _until_connected(session: str, client: Client, view: Pairing) -> None:
 def _arrived(session: str, view: Pairing, told: dict[str, Any]) -> bool:
     """Whether a status or a state event says that it is done. Raises CommandError when it will not happen by itself."""
     state = told.get("state")
-    if state == State.ONLINE.value:
+    if state in {State.ONLINE.value, State.TIME_LOCKED.value}:
         view.connected(told)
         return True
     if state in _ON_THE_WAY:

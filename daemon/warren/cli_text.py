@@ -25,7 +25,7 @@ def _told_create(session: str, result: dict[str, Any]) -> list[str]:
     state = result.get("state")
     return [
         f"{session}: {state}"
-        + ("" if state == "online" else f"; `warren qr {session}` shows how it goes on, and the code to scan")
+        + ("" if state in ("online", "time_locked") else f"; `warren qr {session}` shows how it goes on, and the code to scan")
     ]
 
 

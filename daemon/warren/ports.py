@@ -164,7 +164,8 @@ class SessionRecord:
     paired: bool = False
     """A device row was seen: from now on a missing state is a loss to report, not a reason to pair afresh."""
     until: str = ""
-    """When `halted` ends by itself (RFC 3339), kept over restarts; "" when that is not known."""
+    """When `halted` ends by itself (RFC 3339), kept over restarts; without `halted`, when WhatsApp's time-lock does. "": never,
+    or nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from warren.core.machine import CAUSES, TABLE, Cause, IllegalTrigger, State, Step, Trigger, cause_of, step
+from warren.core.machine import CAUSES, CONNECTED, TABLE, Cause, IllegalTrigger, State, Step, Trigger, cause_of, step
 
 ROOT = Path(__file__).parents[2]
-LIVE = (State.CONNECTING, State.PAIRING, State.ONLINE)
+LIVE = (State.CONNECTING, State.PAIRING, State.ONLINE, State.TIME_LOCKED)
 
 
 def reachable(start: State) -> set[State]:
@@ -87,13 +87,31 @@ def test_a_missing_network_never_stops_a_session() -> None:
 
 def test_what_needs_somebody_is_announced() -> None:
     for (state, trigger), s in TABLE.items():
-        if s.to in {State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.QUARANTINED} and state is not s.to:
+        needs = {State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.QUARANTINED, State.OUTDATED, State.TIME_LOCKED}
+        if s.to in needs and state is not s.to:
             assert s.event, f"{state} --{trigger}--> {s.to} would be silent"
 
 
 def test_only_a_phone_makes_a_session_online() -> None:
     into_online = {(state, trigger) for (state, trigger), s in TABLE.items() if s.to is State.ONLINE}
-    assert into_online == {(State.CONNECTING, Trigger.CONNECTED), (State.ONLINE, Trigger.START)}
+    assert into_online == {
+        (State.CONNECTING, Trigger.CONNECTED),
+        (State.ONLINE, Trigger.START),
+        (State.TIME_LOCKED, Trigger.UNLOCKED),
+    }
+
+
+def test_a_time_lock_ends_no_connection() -> None:
+    assert step(State.ONLINE, Trigger.TIME_LOCK).to is State.TIME_LOCKED
+    assert {State.ONLINE, State.TIME_LOCKED} == CONNECTED
+    assert step(State.TIME_LOCKED, Trigger.UNLOCKED).to is State.ONLINE
+    for end in (Trigger.LOST, Trigger.REPLACED, Trigger.BANNED, Trigger.LOGGED_OUT, Trigger.RESTART, Trigger.STOP):
+        assert step(State.TIME_LOCKED, end).to is step(State.ONLINE, end).to
+
+
+def test_what_waits_for_time_goes_on_by_itself() -> None:
+    for state in (State.BACKING_OFF, State.BLOCKED, State.OUTDATED, State.REPLACED):
+        assert step(state, Trigger.RETRY).to is State.CONNECTING
 
 
 # --- causes -----------------------------------------------------------------------------------------------------------
@@ -122,7 +140,7 @@ def test_the_end_of_a_connection_is_never_illegal(reason: str) -> None:
     """The engine has closed the session when it says so: a state that ignored it would look alive for ever."""
     for live in (*LIVE, State.STOPPING):
         trigger = cause_of(reason).trigger
-        if live is State.ONLINE and trigger is Trigger.UNPAIRED:
+        if live in CONNECTED and trigger is Trigger.UNPAIRED:
             continue  # says that pairing failed; a paired session has that behind it
         assert step(live, trigger).to is not live or trigger is Trigger.RESTART
 
@@ -144,7 +162,8 @@ def test_a_cause_speaks_to_the_operator_and_fits_the_table(cause: Cause) -> None
     assert cause.message.endswith(".")
     assert cause.hint.endswith(".")
     # The engine opens in CONNECTING, so whatever ends a connection can happen there.
-    assert (State.CONNECTING, cause.trigger) in TABLE
+    at = State.ONLINE if cause.trigger is Trigger.TIME_LOCK else State.CONNECTING
+    assert (at, cause.trigger) in TABLE
 
 
 def test_a_disk_that_takes_no_writes_is_no_damage() -> None:

@@ -6,20 +6,26 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
+import pytest
 from tests.fakes import MemoryBus, MemoryStore
 
+from warren.core.envelope import Origin, decode_command, timestamp
 from warren.core.frames import EngineEvent
 from warren.core.machine import State
 from warren.core.names import Topology
+from warren.errors import EngineError
 from warren.ports import AddEvent, Desired, PutSession, SessionRecord, Write
+from warren.services import session as module
 from warren.services.backup import BackupOptions, Backups
 from warren.services.delivery import Delivery, DeliveryOptions
-from warren.services.engines import OnEvent
-from warren.services.outcomes import Outcomes
+from warren.services.engines import Flood, OnEvent
+from warren.services.outcomes import MAX_STARTS, Outcomes, Task
 from warren.services.restore import RestoreOptions, Restorer
 from warren.services.session import PAIRING_CODES, Deps, Session, SessionOptions
 
@@ -32,6 +38,10 @@ class PlayedEngines:
         self.listener: OnEvent
         self.generation = 0
         self.paired = False
+        self.asked: list[str] = []
+        self.refusals: dict[str, EngineError] = {}
+        """By operation; others are answered."""
+        self.answered: list[EngineEvent] = []
 
     async def open(self, session: str, generation: int, on_event: OnEvent, **arguments: Any) -> dict[str, Any]:
         self.listener, self.generation = on_event, generation
@@ -39,7 +49,13 @@ class PlayedEngines:
         return {"paired": self.paired}
 
     async def request(self, op: str, session: str, generation: int, *, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        return {}
+        self.asked.append(op)
+        if op in self.refusals:
+            raise self.refusals[op]
+        return {"message_id": "3EB0", "timestamp": "2026-11-20T12:00:00Z"}
+
+    def answer(self, event: EngineEvent, *, ok: bool) -> None:
+        self.answered.append(event)
 
     def forget(self, session: str, generation: int) -> None:
         pass
@@ -54,9 +70,12 @@ class LoggedStore(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.log: list[str] = []
+        self.told: list[dict[str, Any]] = []
+        """The data of the same."""
 
     def write(self, *writes: Write) -> asyncio.Future[None]:
         self.log += [w.row.event for w in writes if isinstance(w, AddEvent)]
+        self.told += [orjson.loads(w.row.body)["data"] for w in writes if isinstance(w, AddEvent)]
         return super().write(*writes)
 
 
@@ -78,8 +97,13 @@ class HereState:
         return Path(f"/nowhere/{epoch}")
 
 
+OPTIONS = SessionOptions(reconnect_base_s=0.02, reconnect_cap_s=0.2, alarm_after=3)
+
+
 @contextlib.asynccontextmanager
-async def running(**record: Any) -> AsyncIterator[tuple[Session, PlayedEngines, LoggedStore]]:
+async def running(
+    options: SessionOptions | None = None, **record: Any
+) -> AsyncIterator[tuple[Session, PlayedEngines, LoggedStore]]:
     engines, store, bus = PlayedEngines(), LoggedStore(), MemoryBus()
     now = lambda: datetime.now(UTC)  # noqa: E731
     delivery = Delivery(
@@ -111,7 +135,7 @@ async def running(**record: Any) -> AsyncIterator[tuple[Session, PlayedEngines, 
         delivery=delivery,
         outcomes=Outcomes(cast(Any, bus), store, delivery, Topology("warren")),
         connecting=asyncio.Semaphore(1),
-        options=SessionOptions(reconnect_base_s=0.02, reconnect_cap_s=0.2, alarm_after=3),
+        options=options or OPTIONS,
         now=now,
         random01=lambda: 0.99,
         on_removed=lambda _: None,
@@ -209,3 +233,261 @@ async def test_a_paired_session_opens_the_directory_that_current_names_whatever_
         assert (await opening(engines))["dir"] == "/nowhere/1"
     async with running(epoch=4) as (_, engines, _):
         assert (await opening(engines))["dir"] == "/nowhere/4"
+
+
+# --- states that need somebody, or time -------------------------------------------------------------------------------
+
+
+class Command:
+    """`ports.Incoming`: a command for `acme`."""
+
+    exchange, routing_key, message_id, reply_to, correlation_id = "warren.control", "acme", None, None, None
+
+    def __init__(self, name: str, args: dict[str, Any] | None = None, *, redelivered: bool = False) -> None:
+        body = {"command": name, "session": "acme", "id": f"{name}-1", "args": args or {}}
+        self.body, self.redelivered, self.acks, self.requeues = orjson.dumps(body), redelivered, 0, 0
+        self.kind = "commands" if name == "send" else "control"
+
+    async def ack(self) -> None:
+        self.acks += 1
+
+    async def requeue(self) -> None:
+        self.requeues += 1
+
+    def task(self) -> Task:
+        return Task(decode_command(self.body, Origin(self.kind, "acme")), self)
+
+
+async def true(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def online(session: Session, engines: PlayedEngines) -> None:
+    await opening(engines)
+    engines.says("connected", jid="1:1@s.whatsapp.net", lid="2:1@lid", push_name="Ana")
+    await reached(session, State.ONLINE)
+
+
+def soon(seconds: float) -> str:
+    return timestamp(datetime.now(UTC) + timedelta(seconds=seconds))
+
+
+async def test_a_ban_is_waited_out_also_over_a_restart() -> None:
+    until = soon(0.5)
+    async with running(paired=True) as (session, engines, store):
+        await opening(engines)
+        engines.says("disconnected", reason="temporary_ban", message="spam", until=until, code=402)
+        await reached(session, State.BLOCKED)
+        await true(lambda: store.records["acme"].halted == "blocked")
+        kept = store.records["acme"]
+        told = session.status()
+        assert (told["code"], told["until"]) == ("temporary_ban", until)
+        assert "spam" in told["message"]
+        assert told["hint"]
+    async with running(**{f: getattr(kept, f) for f in ("paired", "halted", "until")}) as (session, engines, store):
+        assert (session.state, session.status()["until"], session.status()["code"]) == (State.BLOCKED, until, "temporary_ban")
+        create = Command("create")
+        session.command(create.task())
+        await true(lambda: create.acks == 1)
+        assert store.told[-1]["result"]["state"] == "blocked"
+        assert engines.opened.empty(), "a service that publishes `create` at its start makes no ban worse"
+        await online(session, engines)
+        assert datetime.now(UTC) >= datetime.fromisoformat(until)
+        await true(lambda: store.records["acme"].halted == "" == store.records["acme"].until)
+
+
+async def test_a_ban_can_be_tried_at_once_by_somebody_who_means_it() -> None:
+    async with running(paired=True, halted="blocked", until=soon(3_600)) as (session, engines, _):
+        session.command(Command("disconnect").task())
+        await reached(session, State.STOPPED)
+        session.command(Command("create").task())
+        await opening(engines)
+
+
+async def test_a_ban_without_an_end_waits_for_create() -> None:
+    async with running(paired=True, halted="blocked") as (session, engines, _):
+        assert session.state is State.BLOCKED
+        session.command(Command("create").task())
+        await opening(engines)
+
+
+async def test_a_time_lock_is_a_state_in_which_messages_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        until = soon(0.6)
+        engines.refusals["send"] = EngineError("?", engine_code="restricted", server_code=463)
+        engines.says("timelock", active=True, until=until, type="BIZ")
+        await reached(session, State.TIME_LOCKED)
+        assert (session.status()["code"], session.status()["until"]) == ("time_lock", until)
+        engines.listener(EngineEvent("message", "acme", engines.generation, MESSAGE, 7))
+        await true(lambda: engines.answered)
+        send = Command("send", {"to": "+15551234567", "text": "x"})
+        session.offer(send.task())
+        await true(lambda: send.acks == 1)
+        assert 0 < store.told[-1]["error"]["retry_after"] <= 0.6
+        assert store.records["acme"].until == until
+        await reached(session, State.ONLINE)
+        assert engines.opened.empty(), "the connection stayed"
+        assert store.records["acme"].until == ""
+        await true(lambda: store.log.count("connected") == 2)
+        assert [d["code"] for d, e in zip(store.told, store.log, strict=True) if e == "error"] == ["time_lock"]
+
+
+MESSAGE = {
+    "chat": "15550002@s.whatsapp.net", "sender": "15550002:1@s.whatsapp.net", "from_me": False, "message_id": "A1",
+    "kind": "text", "text": "hi", "timestamp": "2026-11-20T12:00:00Z",
+}  # fmt: skip
+
+
+async def test_a_time_lock_lasts_over_connections_and_restarts_until_whatsapp_lifts_it() -> None:
+    until = soon(3_600)
+    async with running(paired=True, until=until) as (session, engines, store):
+        await opening(engines)
+        engines.says("connected", jid="1:1@s.whatsapp.net")
+        await reached(session, State.TIME_LOCKED)
+        engines.says("disconnected", reason="network")
+        await opening(engines)
+        engines.says("connected", jid="1:1@s.whatsapp.net")
+        await reached(session, State.TIME_LOCKED)
+        engines.says("timelock", active=False)
+        await reached(session, State.ONLINE)
+        await true(lambda: store.records["acme"].until == "")
+        session.command(Command("disconnect").task())
+        await reached(session, State.STOPPED)
+
+
+async def test_an_outdated_client_is_tried_once_soon_and_then_slowly() -> None:
+    async with running(paired=True) as (session, engines, store):
+        await opening(engines)
+        engines.says("disconnected", reason="client_outdated", code=405)
+        await opening(engines)  # 0.02 s later: the engine has asked for today's version
+        engines.says("disconnected", reason="client_outdated", code=405)
+        await reached(session, State.OUTDATED)
+        told = session.status()
+        assert told["code"] == "client_outdated"
+        assert "Upgrade" in told["hint"]
+        left = datetime.fromisoformat(told["until"]) - datetime.now(UTC)
+        assert timedelta(seconds=25) < left <= timedelta(seconds=60)
+        await true(lambda: not store.rows)
+        last = [d for d, e in zip(store.told, store.log, strict=True) if e == "disconnected"][-1]
+        assert (last["state"], last["attempt"]) == ("outdated", 2)
+        assert last["retry_in_s"] > 25
+        assert last["until"] == told["until"]
+
+
+async def test_replaced_says_when_it_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPLACED_RETRY_S", 0.05)
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        engines.says("disconnected", reason="replaced")
+        await reached(session, State.REPLACED)
+        assert session.status()["until"] is not None
+        await online(session, engines)
+        engines.says("disconnected", reason="replaced")
+        await reached(session, State.REPLACED)
+        await true(lambda: store.records["acme"].halted == "replaced")
+        assert session.status()["until"] is None
+
+
+# --- zombies, rest ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["timeout", "no_answer"])
+async def test_one_unanswered_keepalive_and_one_unanswered_question_end_a_zombie(code: str) -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        engines.refusals["probe"] = EngineError("?", engine_code=code)
+        engines.says("keepalive", failures=1)
+        await opening(engines)
+        assert store.log.count("health_check_failed") == 1
+        assert engines.asked.count("probe") == 1
+
+
+async def test_a_connection_that_answers_is_no_zombie_until_it_is_silent_twice() -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        engines.says("keepalive", failures=1)
+        await true(lambda: "probe" in engines.asked)
+        engines.says("keepalive", failures=0)
+        await asyncio.sleep(0.05)
+        assert session.state is State.ONLINE
+        engines.says("keepalive", failures=2)
+        await opening(engines)
+        assert store.log.count("health_check_failed") == 1
+
+
+async def test_a_session_without_messages_rests_when_configured() -> None:
+    async with running(replace(OPTIONS, idle_timeout_s=0.3), paired=True) as (session, engines, store):
+        await online(session, engines)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for n in range(4):
+            await asyncio.sleep(0.1)
+            engines.listener(EngineEvent("message", "acme", engines.generation, {**MESSAGE, "message_id": str(n)}, n))
+        await reached(session, State.STOPPED)
+        assert loop.time() - began > 0.6
+        assert session.status()["code"] == "idle_timeout"
+        assert store.records["acme"].desired is Desired.STOPPED
+        assert engines.asked == ["close"]
+
+
+# --- containment ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_bug_becomes_a_state_and_the_session_comes_back() -> None:
+    async with running(paired=True) as (session, engines, _):
+        await online(session, engines)
+        engines.says("timelock", active=True, until="no time at all")
+        await reached(session, State.BACKING_OFF)
+        assert session.status()["code"] == "internal"
+        await online(session, engines)
+
+
+async def test_a_bug_in_a_wait_leaves_no_session_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(paired=True) as (session, engines, _):
+        await opening(engines)
+        broken = iter([True])
+
+        def random01() -> float:
+            if next(broken, False):
+                raise ZeroDivisionError
+            return 0.5
+
+        monkeypatch.setattr(session, "_deps", replace(session._deps, random01=random01))
+        engines.says("disconnected", reason="network")
+        await opening(engines)
+
+
+async def test_an_engine_that_floods_is_told_apart_and_its_end_is_heard() -> None:
+    async with running(paired=True) as (session, engines, _):
+        await online(session, engines)
+        for _ in range(module.MAILBOX):
+            engines.says("qr", code="2@x", ttl_ms=1, remaining=1)
+        with pytest.raises(Flood):
+            engines.says("qr", code="2@x", ttl_ms=1, remaining=1)
+        engines.says("disconnected", reason="engine_lost")
+        await opening(engines)
+
+
+async def test_an_engine_that_waits_for_no_answers_floods() -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        store.failing = 1_000_000
+        messages = [EngineEvent("message", "acme", engines.generation, {**MESSAGE, "message_id": str(n)}, n) for n in range(101)]
+        for message in messages[: module.UNANSWERED]:
+            engines.listener(message)
+        with pytest.raises(Flood):
+            engines.listener(messages[module.UNANSWERED])
+        store.failing = 0
+
+
+async def test_a_create_that_kills_the_daemon_goes_to_the_dead_queue() -> None:
+    async with running(paired=True, desired=Desired.STOPPED) as (session, engines, store):
+        store.started["acme", "create-1"] = MAX_STARTS
+        create = Command("create", redelivered=True)
+        session.command(create.task())
+        await true(lambda: create.acks == 1)
+        assert store.told[-1]["error"]["code"] == "gave_up"
+        assert engines.opened.empty()

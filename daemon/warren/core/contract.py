@@ -31,11 +31,13 @@ StateName = Literal[
     "connecting",
     "pairing",
     "online",
+    "time_locked",
     "backing_off",
     "stopping",
     "logged_out",
     "replaced",
     "blocked",
+    "outdated",
     "quarantined",
 ]
 

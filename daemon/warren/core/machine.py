@@ -8,6 +8,8 @@ Rules:
   the timer, STOPPING closes the engine. The table itself does nothing.
 - Only what a person or WhatsApp's account rules caused stops a session. Everything that may be the network, a server, an
   engine or our own bug leads to BACKING_OFF and so back to CONNECTING, for ever.
+- TIME_LOCKED is ONLINE in all but one thing: WhatsApp refuses messages to people with whom there is no conversation yet. So what
+  arrives goes on arriving, and what is sent to others goes on going out.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ class State(Enum):
     CONNECTING = "connecting"
     PAIRING = "pairing"
     ONLINE = "online"
+    TIME_LOCKED = "time_locked"
     BACKING_OFF = "backing_off"
     STOPPING = "stopping"
     LOGGED_OUT = "logged_out"
     REPLACED = "replaced"
     BLOCKED = "blocked"
+    OUTDATED = "outdated"
     QUARANTINED = "quarantined"
 
 
@@ -36,7 +40,7 @@ class Trigger(Enum):
     START = "start"
     """Somebody wants it running: `create`, or the daemon resumes it."""
     RETRY = "retry"
-    """The timer of BACKING_OFF, REPLACED or BLOCKED is up."""
+    """The timer of BACKING_OFF, REPLACED, BLOCKED or OUTDATED is up."""
     QR = "qr"
     PAIRED = "paired"
     CONNECTED = "connected"
@@ -45,6 +49,11 @@ class Trigger(Enum):
     LOST = "lost"
     REPLACED = "replaced"
     BANNED = "banned"
+    OUTDATED = "outdated"
+    """WhatsApp no longer takes this version of the client."""
+    TIME_LOCK = "time_lock"
+    """WhatsApp lets the account not begin conversations (463), for a while."""
+    UNLOCKED = "unlocked"
     UNPAIRED = "unpaired"
     """Pairing ended without a phone."""
     RENEW = "renew"
@@ -71,7 +80,7 @@ class IllegalTrigger(WarrenError):
     code = "illegal_trigger"
 
 
-LIVE = (State.RESTORING, State.CONNECTING, State.PAIRING, State.ONLINE)
+LIVE = (State.RESTORING, State.CONNECTING, State.PAIRING, State.ONLINE, State.TIME_LOCKED)
 """States in which the engine may have the session open, or is about to."""
 
 
@@ -87,12 +96,16 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         (s.CONNECTING, t.RENEW): Step(s.CONNECTING),
         (s.CONNECTING, t.RESTART): Step(s.CONNECTING),
         (s.CONNECTING, t.CONNECTED): Step(s.ONLINE, "connected"),
+        (s.ONLINE, t.TIME_LOCK): Step(s.TIME_LOCKED, "error"),
+        (s.TIME_LOCKED, t.TIME_LOCK): Step(s.TIME_LOCKED, "error"),
+        (s.TIME_LOCKED, t.UNLOCKED): Step(s.ONLINE, "connected"),
         (s.CONNECTING, t.UNPAIRED): Step(s.STOPPED, "disconnected"),
         (s.PAIRING, t.UNPAIRED): Step(s.STOPPED, "disconnected"),
         (s.CONNECTING, t.UNREADABLE): Step(s.QUARANTINED, "error"),
         (s.BACKING_OFF, t.STOP): Step(s.STOPPED, "disconnected"),
         (s.REPLACED, t.STOP): Step(s.STOPPED),
         (s.BLOCKED, t.STOP): Step(s.STOPPED),
+        (s.OUTDATED, t.STOP): Step(s.STOPPED),
         (s.LOGGED_OUT, t.STOP): Step(s.LOGGED_OUT),
         (s.QUARANTINED, t.STOP): Step(s.QUARANTINED),
         (s.STOPPING, t.LOGGED_OUT): Step(s.LOGGED_OUT, "logout"),
@@ -110,17 +123,18 @@ def _table() -> dict[tuple[State, Trigger], Step]:
         table[live, t.LOST] = Step(s.BACKING_OFF, "disconnected")
         table[live, t.REPLACED] = Step(s.REPLACED, "disconnected")
         table[live, t.BANNED] = Step(s.BLOCKED, "disconnected")
+        table[live, t.OUTDATED] = Step(s.OUTDATED, "disconnected")
         table[live, t.LOGGED_OUT] = Step(s.LOGGED_OUT, "logout")
         table[live, t.STOP] = Step(s.STOPPING)
     for late in (t.START, t.STOP, t.QR, t.PAIRED, t.CONNECTED, t.RESTORE, t.RESTORED, t.SUPERSEDED):
         table[s.STOPPING, late] = Step(s.STOPPING)
-    for end in (t.CLOSED, t.RESTART, t.RENEW, t.LOST, t.REPLACED, t.BANNED, t.UNPAIRED, t.UNREADABLE):
+    for end in (t.CLOSED, t.RESTART, t.RENEW, t.LOST, t.REPLACED, t.BANNED, t.OUTDATED, t.UNPAIRED, t.UNREADABLE):
         table[s.STOPPING, end] = Step(s.STOPPED, "disconnected")
     # After pairing it means "at once" (CONNECTING, above). In the middle of a life it is a lost connection like any other: a
     # server that keeps asking must meet the backoff.
-    for live in (s.PAIRING, s.ONLINE):
+    for live in (s.PAIRING, s.ONLINE, s.TIME_LOCKED):
         table[live, t.RESTART] = Step(s.BACKING_OFF, "disconnected")
-    for waiting in (s.BACKING_OFF, s.REPLACED, s.BLOCKED):
+    for waiting in (s.BACKING_OFF, s.REPLACED, s.BLOCKED, s.OUTDATED):
         table[waiting, t.RETRY] = Step(s.CONNECTING, "reconnecting")
         table[waiting, t.START] = Step(s.CONNECTING, "reconnecting")
     return table
@@ -159,18 +173,22 @@ CAUSES: dict[str, Cause] = {
         Cause(Trigger.LOST, "handler_timeout", "An incoming message could not be stored in time, so WhatsApp keeps it.",
               "Check RabbitMQ and the disk of the state directory. " + _RETRIES),
         Cause(Trigger.LOST, "engine_lost", "The engine process of this session ended.", _RETRIES),
+        Cause(Trigger.LOST, "engine_replaced", "The engine process of this session used too much memory.", _RETRIES),
         Cause(Trigger.LOST, "engine_unavailable", "The engine could not open the session.", _RETRIES),
         Cause(Trigger.LOST, "state_locked", "Another process still has this session's state open.",
               "It is usually an engine that is about to exit. " + _RETRIES),
         Cause(Trigger.LOST, "disk_trouble", "The disk with the session's state takes no writes.",
               "Free some space, or make it writable again. " + _RETRIES),
-        Cause(Trigger.LOST, "internal", "The engine met an error it did not expect.", "See the log. " + _RETRIES),
+        Cause(Trigger.LOST, "internal", "The session or its engine met an error it did not expect.", "See the log. " + _RETRIES),
         Cause(Trigger.LOST, "failure", "WhatsApp refused the connection.", _RETRIES),
-        Cause(Trigger.LOST, "client_outdated", "WhatsApp refuses this version of the client.", "Upgrade warren."),
+        Cause(Trigger.OUTDATED, "client_outdated", "WhatsApp refuses this version of the client.",
+              "Upgrade warren, or set `[whatsapp] version` to that of WhatsApp Web. It is tried again, less and less often."),
         Cause(Trigger.REPLACED, "replaced", "The same linked device connected from somewhere else.",
               "Make sure no other program uses this session's state; then publish `create`."),
         Cause(Trigger.BANNED, "temporary_ban", "WhatsApp banned the account for a while.",
-              "Wait until the time in `until`; open WhatsApp on the phone to see why."),
+              "Nothing is tried before the time in `until`; open WhatsApp on the phone to see why."),
+        Cause(Trigger.TIME_LOCK, "time_lock", "WhatsApp lets the account not write to people it has no conversation with.",
+              "Send only to people who have written, until the time in `until`. Messages arrive as before."),
         Cause(Trigger.UNPAIRED, "qr_expired", "Nobody scanned the QR code or entered the pairing code.",
               "Publish `create` for new codes."),
         Cause(Trigger.RENEW, "code_expired", "The pairing code ran out; another one follows.",
@@ -192,6 +210,13 @@ CAUSES: dict[str, Cause] = {
     )
 }  # fmt: skip
 """Every reason the engine gives for an end (docs/engine-protocol.md), and our own, by code."""
+
+
+CONNECTED = frozenset({State.ONLINE, State.TIME_LOCKED})
+"""States in which messages come and go."""
+
+KEPT_CAUSES = {"blocked": "temporary_ban"}
+"""The code that explains a state which is kept over a restart, where it is not the state's own name."""
 
 
 def halted_state(halted: str) -> State:

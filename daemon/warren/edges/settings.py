@@ -245,6 +245,7 @@ class EngineSettings(_Section):
     ping_interval_s: PositiveFloat = 5.0
     ping_timeout_s: PositiveFloat = 15.0
     memory_limit_mb: PositiveInt | None = None
+    memory_ceiling_mb: NonNegativeInt = 2_048
 
 
 class FleetSettings(_Section):
@@ -252,6 +253,7 @@ class FleetSettings(_Section):
 
     max_sessions: Annotated[int, Field(ge=1, le=1_000)] = 1_000
     connects_at_once: PositiveInt = 16
+    idle_timeout_s: NonNegativeFloat = 0.0
     takeover: Annotated[Literal["off"], BeforeValidator(_lower)] = "off"
 
 

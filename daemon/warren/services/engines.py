@@ -26,6 +26,22 @@ OnEvent = Callable[[EngineEvent], None]
 
 
 OPEN_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 15.0
+"""For a process that is replaced to close its sessions."""
+OVER_CEILING = 2
+"""Pings in a row that find a process above its ceiling until it is replaced: a peak is no leak."""
+STRAYS = 10_000
+"""Events between two pings that are for nobody. A generation that was given up says a few more; thousands are a bug."""
+FRAMES_AT_ONCE = 100
+"""Frames that are handed over without a break, so that an engine that floods does not take the event loop for itself."""
+
+
+class Flood(WarrenError):
+    """An engine says more than the protocol allows: what it means can no longer be trusted, and its process is ended."""
+
+    code = "flood"
+
+
 SNAPSHOT_TIMEOUT_S = 30.0
 
 
@@ -37,6 +53,8 @@ class EngineOptions:
     hello_timeout_s: float = 15.0
     restart_base_s: float = 0.2
     restart_cap_s: float = 30.0
+    memory_ceiling: int = 0
+    """Bytes of resident memory above which a process is replaced; 0: none."""
     stable_s: float = 60.0
     """A process that lived this long is restarted without backoff."""
 
@@ -75,6 +93,8 @@ class _Host:
         self.number = number
         self._metrics = metrics
         self._pong: dict[str, Any] = {}
+        self._strays = 0
+        self._end = "engine_lost"
         self.sessions: dict[str, _Open] = {}
         self._start, self._options, self._random01 = start, options, random01
         self._pending: dict[int, asyncio.Future[Response]] = {}
@@ -89,6 +109,9 @@ class _Host:
     async def request(self, op: str, session: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         if not self._ready.is_set():
             raise _gone()
+        return await self._ask(op, session, timeout_s, **arguments)
+
+    async def _ask(self, op: str, session: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         self._next_id += 1
         request_id = self._next_id
         line = frames.encode_request(op, request_id, session, arguments)
@@ -119,6 +142,10 @@ class _Host:
             pong.get("wa_version"),
             pong.get("wa_version_age_s"),
         )
+
+    @property
+    def up(self) -> bool:
+        return self._ready.is_set()
 
     async def ready(self, timeout_s: float) -> None:
         try:
@@ -180,12 +207,17 @@ class _Host:
                 task.cancel()
             await asyncio.gather(writer, pinger, return_exceptions=True)
             self._lost()
+            self._end, self._strays = "engine_lost", 0
             status = await process.terminate(5.0)
             log.bind(action="engine_ended", status=status).info("Engine ended with status {}.", status)
 
     async def _read(self, process: EngineProcess) -> None:
         """Never waits for a consumer: answers resolve here, events are handed over."""
+        count = 0
         while (line := await process.frames()) is not None:
+            count += 1
+            if count % FRAMES_AT_ONCE == 0:
+                await asyncio.sleep(0)
             frame = frames.decode(line)
             if isinstance(frame, Response):
                 if (future := self._pending.get(frame.re)) is not None and not future.done():
@@ -203,9 +235,15 @@ class _Host:
     def _hand_over(self, event: EngineEvent) -> None:
         current = self.sessions.get(event.session)
         if current is None or current.generation != event.generation:
-            return  # from a generation that was given up: the engine keeps what it gets no answer for
+            # From a generation that was given up: the engine keeps what it gets no answer for.
+            self._strays += 1
+            if self._strays > STRAYS:
+                raise Flood(f"Engine {self.number} floods with events of sessions that it does not have.")
+            return
         try:
             current.on_event(event)
+        except Flood:
+            raise
         except Exception:
             # One session's bug must not stop the reader that serves 250 others.
             logger.bind(action="session_bug", session=event.session).exception("Handling {} failed.", event.event)
@@ -222,12 +260,32 @@ class _Host:
         """A hung engine counts as dead: killing it ends the reader, which does the rest."""
         try:
             await self.ready(self._options.hello_timeout_s)
-            while True:
+            over = 0
+            while over < OVER_CEILING:
                 self._pong = await self.request("ping", "", self._options.ping_timeout_s)
+                self._strays = 0
+                ceiling = self._options.memory_ceiling
+                over = over + 1 if ceiling and int(self._pong.get("rss_bytes") or 0) > ceiling else 0
                 await asyncio.sleep(self._options.ping_interval_s)
+            await self._drain(process)
         except EngineError as e:
             logger.bind(action="engine_hung", engine=self.number, pid=process.pid).error("{} It is killed.", e)
             process.kill()
+
+    async def _drain(self, process: EngineProcess) -> None:
+        """Replace a process: it closes its sessions in good order and ends, and the reader with it; they connect again elsewhere.
+
+        Raises EngineError when it does not.
+        """
+        logger.bind(action="engine_replaced", engine=self.number, pid=process.pid).error(
+            "The engine uses {} MB, above its ceiling of {} MB; it is replaced with its {} sessions.",
+            int(self._pong.get("rss_bytes") or 0) // 1_000_000,
+            self._options.memory_ceiling // 1_000_000,
+            len(self.sessions),
+        )
+        self._end = "engine_replaced"
+        self._ready.clear()
+        await self._ask("stop", "", DRAIN_TIMEOUT_S)
 
     def _lost(self) -> None:
         while not self._out.empty():
@@ -236,7 +294,7 @@ class _Host:
             if not future.done():
                 future.set_exception(_gone())
         for session, current in list(self.sessions.items()):
-            self._hand_over(EngineEvent("disconnected", session, current.generation, {"reason": "engine_lost"}))
+            self._hand_over(EngineEvent("disconnected", session, current.generation, {"reason": self._end}))
 
 
 def _result(response: Response) -> dict[str, Any]:
@@ -291,6 +349,9 @@ class Engines:
         host = self._where.get(session)
         if host is None:
             raise EngineError("The session is not open in an engine.", engine_code="not_open")
+        if not host.up:
+            # Not "gone": of this request, nothing can have had an effect.
+            raise EngineError("The session's engine process is being replaced.", engine_code="not_open")
         return await host.request(op, session, timeout_s, generation=generation, **arguments)
 
     async def snapshot(self, session: str, directory: Path, to: Path) -> dict[str, Any]:

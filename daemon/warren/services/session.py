@@ -25,20 +25,35 @@ from warren.core.backup_names import Place
 from warren.core.envelope import CreateArgs, Outcome, RestoreArgs, timestamp
 from warren.core.frames import EngineEvent
 from warren.core.limiter import Pace, Window
-from warren.core.machine import CAUSES, LIVE, Cause, IllegalTrigger, State, Trigger, cause_of, halted_state, step
+from warren.core.machine import (
+    CAUSES,
+    CONNECTED,
+    KEPT_CAUSES,
+    LIVE,
+    Cause,
+    IllegalTrigger,
+    State,
+    Trigger,
+    cause_of,
+    halted_state,
+    step,
+)
 from warren.core.metrics import Metrics
 from warren.core.names import event_id
 from warren.errors import CommandError, EngineError, SealError, StateError, StorageError
 from warren.ports import Claim, Desired, Incoming, PutBackup, PutSession, SessionRecord, StateDir, Store
 from warren.services.backup import Backups, no_storage
 from warren.services.delivery import Delivery
-from warren.services.engines import Engines
+from warren.services.engines import Engines, Flood
 from warren.services.outcomes import Exhausted, Outcomes, Task
 from warren.services.restore import Restored, Restorer, Tell
 from warren.services.sending import ACK_GRACE_S, SEND_TIMEOUT_S, Pacer, Pacing, RequestSend, SendLane, expired_error
 
 MAILBOX = 1_000
-"""Far above what a healthy session can have waiting: few life-cycle events, and commands are bounded by the prefetch."""
+"""Far above what a healthy session can have waiting: few life-cycle events, and commands are bounded by the prefetch. Only a bug
+of the engine's gets there, and ends the engine."""
+UNANSWERED = 100
+"""Events of one connection that wait for our answer; the protocol has one at a time."""
 CLOSE_TIMEOUT_S = 12.0
 LOGOUT_TIMEOUT_S = 25.0
 """Above the engine's own 20 s."""
@@ -50,7 +65,15 @@ REPLACED_RETRY_S = 60.0
 PAIRING_CODES = 3
 """Pairing codes asked for at one `create`, each for as long as WhatsApp takes it (about 160 s)."""
 KEEPALIVE_FAILURES = 2
-"""Unanswered keepalives in a row (whatsmeow: one every 20 to 30 s) after which the connection is a zombie."""
+"""Unanswered keepalives in a row, or reports of silence, after which the connection is a zombie. At the first one it is asked
+once more (`probe`), and that is enough if it does not answer: within 90 s of its last sign of life it is found out."""
+PROBE_S = 10.0
+TICK_S = 0.01
+"""So much later than a moment, it is certainly over, whatever the clock's resolution."""
+OUTDATED_BASE_S = 60.0
+OUTDATED_CAP_S = 3_600.0
+"""Between attempts with a version that WhatsApp refuses. The first one comes as soon as after any other loss, because the engine
+asks for the current version then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +84,8 @@ class SessionOptions:
     alarm_after: int = 10
     stable_s: float = 60.0
     pacing: Pacing = field(default_factory=Pacing)
+    idle_timeout_s: float = 0.0
+    """0: never."""
 
 
 @dataclass(slots=True)
@@ -107,7 +132,12 @@ class _Halt:
     """The daemon stops."""
 
 
-_Item = Task | _Happened | _Due | _Halt
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    """Nothing came or went for so long that the session may rest."""
+
+
+_Item = Task | _Happened | _Due | _Halt | _Idle
 
 _ENDS = frozenset(
     {
@@ -116,6 +146,7 @@ _ENDS = frozenset(
         Trigger.LOST,
         Trigger.REPLACED,
         Trigger.BANNED,
+        Trigger.OUTDATED,
         Trigger.UNPAIRED,
         Trigger.LOGGED_OUT,
         Trigger.UNREADABLE,
@@ -132,10 +163,13 @@ class Session:
         self.id = record.session
         self.state = halted_state(record.halted) if record.halted else State.STOPPED
         self._record, self._claim, self._deps = record, claim, deps
-        self._mailbox: asyncio.Queue[_Item] = asyncio.Queue(MAILBOX)
+        self._mailbox: asyncio.Queue[_Item] = asyncio.Queue()
         self._since = deps.now()
-        self._cause: Cause | None = cause_of(record.halted) if record.halted else None
-        self._until: datetime | None = None
+        self._cause: Cause | None = cause_of(KEPT_CAUSES.get(record.halted, record.halted)) if record.halted else None
+        kept = datetime.fromisoformat(record.until) if record.until else None
+        self._until: datetime | None = kept if record.halted else None
+        self._locked = kept is not None and not record.halted
+        self._locked_until: datetime | None = kept if self._locked else None
         self._qr: dict[str, Any] | None = None
         self._pairing_code: dict[str, Any] | None = None
         self._codes_asked = 0
@@ -144,8 +178,17 @@ class Session:
         self._generation = 0
         self._over = 0
         self._attempt = 0
+        self._outdated = 0
         self._replaced_before = False
         self._timer: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._active_at = 0.0
+        self._unanswered: tuple[int, int] = (0, 0)
+        """(generation, events of it that wait for our answer)."""
+        self._probing: asyncio.Task[None] | None = None
+        self._found_dead = 0
+        self._stable_at = 0.0
+        self._in_step = False
         self._timer_serial = 0
         self._heard = asyncio.Event()
         self._beside: asyncio.Task[None] | None = None
@@ -165,9 +208,13 @@ class Session:
     # --- in, from anywhere in the event loop
 
     def resume(self) -> None:
-        """Start it as its registry row wants, after a start of the daemon."""
-        if self._record.desired is Desired.RUNNING and not self._record.halted and self._halted is None:
+        """Start it as its registry row wants, after a start of the daemon. A ban is waited out."""
+        if self._record.desired is not Desired.RUNNING or self._halted is not None:
+            return
+        if not self._record.halted:
             self._post(_Happened(Trigger.START))
+        elif self.state is State.BLOCKED and self._until is not None:
+            self._set_timer(self._left_s(self._until))
 
     def command(self, task: Task) -> None:
         """`create`, `disconnect` or `logout`."""
@@ -176,6 +223,7 @@ class Session:
     def offer(self, task: Task) -> None:
         """Take a `send`. One that comes when the session is not ONLINE stays unsettled: its channel is about to be closed."""
         if self._lane is not None:
+            self._active_at = asyncio.get_running_loop().time()
             self._lane.offer(task)
 
     def halt(self) -> asyncio.Future[None]:
@@ -192,10 +240,14 @@ class Session:
         await self._stop_sending(SEND_TIMEOUT_S)
 
     def on_engine(self, event: EngineEvent) -> None:
-        """Called by the reader of the engine's pipe, in order. Hands over; never waits."""
+        """Called by the reader of the engine's pipe, in order. Hands over; never waits. Raises Flood when it is far too much; the
+        end of a connection is taken even then.
+        """
         if event.event in events.ANSWERED:
             self._inbound(event)
         elif (happened := self._happened(event)) is not None:
+            if self._mailbox.qsize() >= MAILBOX and happened.trigger not in _ENDS:
+                raise Flood(f"The engine floods session {self.id} with {event.event} events.")
             self._post(happened)
 
     def superseded(self) -> None:
@@ -243,6 +295,7 @@ class Session:
             await self._look_back()
             while not self._removed:
                 item = await self._mailbox.get()
+                self._in_step = False
                 try:
                     await self._handle(item)
                 except Exception:
@@ -250,16 +303,14 @@ class Session:
                     await self._contain(item)
         finally:
             self._cancel_timer()
-            for task in (self._beside, self._looking, *self._backing_up):
+            self._cancel_idle()
+            for task in (self._beside, self._looking, self._probing, *self._backing_up):
                 if task is not None:
                     task.cancel()
 
     def _post(self, item: _Item) -> None:
-        try:
-            self._mailbox.put_nowait(item)
-        except asyncio.QueueFull:
-            # Commands not taken stay unsettled and come back with the next connection to RabbitMQ.
-            self._log.bind(action="mailbox_full").error("The session is stuck; dropped {}.", type(item).__name__)
+        """Never drops: what RabbitMQ sends is bounded by the prefetch, and what the engine says by `on_engine`."""
+        self._mailbox.put_nowait(item)
 
     async def _handle(self, item: _Item) -> None:
         match item:
@@ -269,6 +320,8 @@ class Session:
                     await self._command(item)
             case _Due(serial) if serial == self._timer_serial:
                 await self._timer_up()
+            case _Idle():
+                await self._rest()
             case _Halt():
                 await self._halt()
             case _Happened(trigger, None, cause, data):
@@ -279,15 +332,25 @@ class Session:
                 await self._apply(trigger, cause, data or {})
 
     async def _contain(self, item: object) -> None:
+        """After a bug: the session is in a state that everybody can see, and that it comes out of by itself."""
         if isinstance(item, Task):
             self._deps.outcomes.fail(
                 item, CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
             )
+            if not self._in_step:
+                return
+        if self.state is State.STOPPING:
+            self._close_beside(then=Trigger.CLOSED)
         elif self.state in LIVE:
             self._over = self._generation
             self._close_beside()
-            with contextlib.suppress(Exception):
+            try:
                 await self._apply(Trigger.LOST, CAUSES["internal"], {})
+            except Exception:
+                self._log.bind(action="session_bug").exception("The session met a bug while it recovered from one.")
+                self._enter(State.BACKING_OFF, CAUSES["internal"])
+        if self.state in {State.BACKING_OFF, State.OUTDATED} and self._timer is None:
+            self._set_timer(self._deps.options.reconnect_cap_s)
 
     # --- commands
 
@@ -330,9 +393,14 @@ class Session:
         if self.state is State.LOGGED_OUT:
             # A new phone, a new life: its own epoch, so that nothing of the old one can be mistaken for it.
             record = replace(record, epoch=record.epoch + 1, sequence=0, account={})
-        await self._save(replace(record, halted=""))
+        banned = self.state is State.BLOCKED and self._until is not None and self._left_s(self._until) > 0
+        # Trying before the time makes a ban worse, and services publish `create` whenever they start.
+        await self._save(record if banned else replace(record, halted=""))
         self._deps.delivery.begin(self._record)
-        await self._apply(Trigger.START, None, {})
+        if not banned:
+            await self._apply(Trigger.START, None, {})
+        elif self._timer is None and self._until is not None:
+            self._set_timer(self._left_s(self._until))
         result = {"session": self.id, "state": self.state.value, "epoch": self._record.epoch}
         self._deps.outcomes.finish(task, Outcome("create", task.command.id, result))
 
@@ -359,7 +427,7 @@ class Session:
 
         Killed before that is on disk, the command comes again: if WhatsApp has unlinked the device, the session is LOGGED_OUT.
         """
-        if self.state is State.ONLINE:
+        if self.state in CONNECTED:
             await self._leave_online()
             await self._unlink()
         elif self._record.paired and self.state not in {State.LOGGED_OUT, State.QUARANTINED}:
@@ -470,7 +538,7 @@ class Session:
                 hint="A device that is unlinked cannot be restored: publish `create`. Else wait, and publish `restore` again.",
                 final=False,
             )
-        if self.state is State.ONLINE:
+        if self.state in CONNECTED:
             await self._leave_online()
         await self._close_beside_and_wait()
         self._over = self._generation
@@ -550,6 +618,8 @@ class Session:
 
     async def _apply(self, trigger: Trigger, cause: Cause | None, data: dict[str, Any]) -> None:
         """Take one step of the table and do what entering the new state asks for."""
+        if trigger in {Trigger.TIME_LOCK, Trigger.UNLOCKED} and not await self._lock(trigger, data):
+            return
         try:
             taken = step(self.state, trigger)
         except IllegalTrigger as e:
@@ -558,7 +628,8 @@ class Session:
         before = self.state
         if trigger in {Trigger.START, Trigger.STOP} and taken.to is before:
             return
-        if before is State.ONLINE:
+        self._in_step = True
+        if before in CONNECTED and taken.to not in CONNECTED:
             await self._leave_online()
         if (restored := data.get("restored")) is not None:
             await self._take_up(restored)
@@ -576,8 +647,24 @@ class Session:
         if taken.event is not None and taken.event != "qr":
             self._deps.delivery.submit(self.id, taken.event, self._told(taken.to, before.value))
         await self._remember()
+        self._in_step = False
         if before is State.STOPPING and self.state is not State.STOPPING:
             await self._stopped()
+        if trigger is Trigger.CONNECTED and self._locked:
+            if self._locked_until is None:
+                await self._apply(Trigger.TIME_LOCK, CAUSES["time_lock"], {})
+            elif self._left_s(self._locked_until) > 0:
+                await self._apply(Trigger.TIME_LOCK, CAUSES["time_lock"], {"until": timestamp(self._locked_until)})
+            else:
+                await self._lock(Trigger.UNLOCKED, {})
+
+    async def _lock(self, trigger: Trigger, data: dict[str, Any]) -> bool:
+        """Note what WhatsApp says of the lock; whether it changes the state now, and not only the next time online."""
+        locks = trigger is Trigger.TIME_LOCK
+        self._locked_until = _until(data) if locks else None
+        self._locked = locks
+        await self._remember()
+        return self.state is State.TIME_LOCKED or (self._locked and self.state is State.ONLINE)
 
     def _enter(self, state: State, cause: Cause | None) -> None:
         """The one place where the state changes, with its one log line."""
@@ -597,9 +684,10 @@ class Session:
         told |= {"code": cause.code, "message": cause.message, "hint": cause.hint} if cause else {"code": state.value}
         if self._until is not None:
             told["until"] = timestamp(self._until)
-        if state is State.BACKING_OFF or (state is State.CONNECTING and self._attempt):
+        waits = state in {State.BACKING_OFF, State.OUTDATED}
+        if waits or (state is State.CONNECTING and self._attempt):
             told["attempt"] = self._attempt
-        if state is State.BACKING_OFF and self._timer is not None:
+        if waits and self._timer is not None:
             told["retry_in_s"] = round(self._timer.when() - asyncio.get_running_loop().time(), 1)
         if state is State.ONLINE:
             told |= self._record.account
@@ -610,17 +698,23 @@ class Session:
             case State.CONNECTING if trigger is not Trigger.PAIRED:
                 self._cancel_timer()
                 self._open_beside()
-            case State.ONLINE:
-                self._heard.set()
-                self._set_timer(self._deps.options.stable_s)
-                await self._start_sending()
+            case State.ONLINE | State.TIME_LOCKED:
+                if before not in CONNECTED:
+                    self._heard.set()
+                    self._outdated = 0
+                    self._stable_at = asyncio.get_running_loop().time() + self._deps.options.stable_s
+                    await self._start_sending()
+                    self._watch_idleness()
+                self._look_again()
             case State.BACKING_OFF:
                 self._back_off(before)
             case State.REPLACED if not self._replaced_before:
                 self._replaced_before = True
-                self._set_timer(REPLACED_RETRY_S)
+                self._try_again_in(REPLACED_RETRY_S)
             case State.BLOCKED if self._until is not None:
-                self._set_timer(max(1.0, (self._until - self._deps.now()).total_seconds()))
+                self._set_timer(max(self._deps.options.reconnect_base_s, self._left_s(self._until)))
+            case State.OUTDATED:
+                self._wait_for_version(before)
             case State.STOPPING if before is not State.STOPPING:
                 self._close_beside(then=Trigger.CLOSED)
             case State.QUARANTINED if trigger is Trigger.SUPERSEDED:
@@ -648,15 +742,16 @@ class Session:
             await self._apply(Trigger.START, None, {})
 
     async def _remember(self) -> None:
-        """Keep over a restart that the session waits for somebody. A ban or damaged state is found again by trying."""
-        for_good = self.state is State.LOGGED_OUT or (self.state is State.REPLACED and self._timer is None)
+        """Keep over a restart that the session waits for somebody, a ban, a time-lock. Damaged state is found again by trying."""
+        for_good = self.state in {State.LOGGED_OUT, State.BLOCKED} or (self.state is State.REPLACED and self._timer is None)
         halted = self.state.value if for_good else ""
         if self.state is State.QUARANTINED and self._cause is not None and self._cause.trigger is Trigger.SUPERSEDED:
             halted = self._cause.code
-        if halted != self._record.halted:
-            await self._save(
-                replace(self._record, halted=halted, paired=self._record.paired and halted != State.LOGGED_OUT.value)
-            )
+        ends = (self._until if self.state is State.BLOCKED else None) if halted else self._locked_until
+        until = timestamp(ends) if ends else ""
+        if (halted, until) != (self._record.halted, self._record.until):
+            paired = self._record.paired and halted != State.LOGGED_OUT.value
+            await self._save(replace(self._record, halted=halted, until=until, paired=paired))
 
     def _report_halted(self) -> None:
         if self._halted is not None and not self._halted.done():
@@ -668,14 +763,71 @@ class Session:
         pause = delay(
             self._attempt - 1, base_s=options.reconnect_base_s, cap_s=options.reconnect_cap_s, random01=self._deps.random01()
         )
-        if self._cause is not None and self._cause.code == "engine_lost" and before is State.ONLINE and self._attempt == 1:
+        ours = self._cause is not None and self._cause.code in {"engine_lost", "engine_replaced"}
+        if ours and before in CONNECTED and self._attempt == 1:
             # WhatsApp did nothing wrong. Only the first time: what kills its engine again may be this very session.
             pause = min(pause, 1.0)
         self._set_timer(pause)
-        if self._attempt == options.alarm_after:
-            self._deps.delivery.submit(self.id, "reconnect_failed", self._told(State.BACKING_OFF, before.value))
+        self._alarm(before)
+
+    def _wait_for_version(self, before: State) -> None:
+        options, random01 = self._deps.options, self._deps.random01()
+        self._attempt += 1
+        self._outdated += 1
+        soon = self._outdated == 1
+        base_s, cap_s = (options.reconnect_base_s, options.reconnect_cap_s) if soon else (OUTDATED_BASE_S, OUTDATED_CAP_S)
+        self._try_again_in(delay(max(0, self._outdated - 2), base_s=base_s, cap_s=cap_s, random01=random01))
+        self._alarm(before)
+
+    def _try_again_in(self, seconds: float) -> None:
+        self._until = self._deps.now() + timedelta(seconds=seconds)
+        self._set_timer(seconds)
+
+    def _alarm(self, before: State) -> None:
+        """Once in a row of failures; the next row begins after a stable minute."""
+        if self._attempt == self._deps.options.alarm_after:
+            self._deps.delivery.submit(self.id, "reconnect_failed", self._told(self.state, before.value))
+
+    # --- rest
+
+    def _watch_idleness(self) -> None:
+        self._active_at = asyncio.get_running_loop().time()
+        self._look_for_idleness()
+
+    def _look_for_idleness(self) -> None:
+        """Look again when it could be idle for long enough; `_active_at` is moved by every message, the timer only here."""
+        if (bound := self._deps.options.idle_timeout_s) <= 0:
+            return
+        loop = asyncio.get_running_loop()
+        if self._lane is not None and self._lane.busy:
+            self._active_at = loop.time()
+        left = self._active_at + bound - loop.time()
+        if left > 0:
+            self._idle_timer = loop.call_later(left, self._look_for_idleness)
+        else:
+            self._post(_Idle())
+
+    def _cancel_idle(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    async def _rest(self) -> None:
+        """As after `disconnect`: simple to foresee, and nothing but `create` brings it back."""
+        if self.state not in CONNECTED or self._active_at + self._deps.options.idle_timeout_s > asyncio.get_running_loop().time():
+            return
+        await self._save(replace(self._record, desired=Desired.STOPPED))
+        await self._apply(Trigger.STOP, _IDLE, {})
 
     # --- timers
+
+    def _left_s(self, until: datetime) -> float:
+        return max(0.0, (until - self._deps.now()).total_seconds())
+
+    def _look_again(self) -> None:
+        """When a session that is online looks at itself: is it stable, is its time-lock over?"""
+        stable_s = max(0.0, self._stable_at - asyncio.get_running_loop().time()) + TICK_S
+        self._set_timer(stable_s if self._locked_until is None else min(stable_s, self._left_s(self._locked_until)))
 
     def _set_timer(self, seconds: float) -> None:
         self._cancel_timer()
@@ -691,14 +843,21 @@ class Session:
     async def _timer_up(self) -> None:
         self._timer = None
         match self.state:
-            case State.ONLINE:
-                with contextlib.suppress(StateError):  # what cannot be deleted now can be deleted another time
-                    await self._deps.state_dir.tidy(self.id)
+            case State.ONLINE | State.TIME_LOCKED:
                 # Only a connection that held for a while proves that the trouble is over.
-                self._attempt, self._replaced_before = 0, False
+                if asyncio.get_running_loop().time() >= self._stable_at:
+                    self._attempt, self._replaced_before = 0, False
+                    with contextlib.suppress(StateError):  # what cannot be deleted now can be deleted another time
+                        await self._deps.state_dir.tidy(self.id)
+                if self._locked_until is None:
+                    return
+                if (left := self._left_s(self._locked_until)) > 0:
+                    self._set_timer(left)
+                else:
+                    await self._apply(Trigger.UNLOCKED, None, {})
             case State.REPLACED if not self._claim.held:
-                self._set_timer(REPLACED_RETRY_S)  # whoever holds the lock may be the one that replaced us
-            case State.BACKING_OFF | State.REPLACED | State.BLOCKED:
+                self._try_again_in(REPLACED_RETRY_S)  # whoever holds the lock may be the one that replaced us
+            case State.BACKING_OFF | State.REPLACED | State.BLOCKED | State.OUTDATED:
                 await self._apply(Trigger.RETRY, None, {})
 
     # --- the engine
@@ -809,6 +968,9 @@ class Session:
                 return self._ended(generation, str(data.get("reason")), data)
             case "keepalive":
                 return self._keepalive(generation, data)
+            case "timelock":
+                trigger = Trigger.TIME_LOCK if data.get("active") else Trigger.UNLOCKED
+                return _Happened(trigger, generation, CAUSES["time_lock"] if data.get("active") else None, data)
             case "changed":
                 self._deps.backups.changed(self.id, at_once=data.get("kind") == "identity")
                 return None
@@ -831,11 +993,33 @@ class Session:
     def _keepalive(self, generation: int, data: dict[str, Any]) -> _Happened | None:
         failures = data.get("failures", 0)
         self._log.bind(action="keepalive", failures=failures).debug("Keepalive failures: {}", failures)
-        if failures < KEEPALIVE_FAILURES or generation != self._generation or self.state is not State.ONLINE:
+        if not failures or not self._is_online(generation):
             return None
+        if failures < KEEPALIVE_FAILURES:
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.create_task(self._probe(generation), name=f"probe.{self.id}")
+            return None
+        return self._zombie(generation, data)
+
+    def _is_online(self, generation: int) -> bool:
+        return generation == self._generation and generation not in {self._over, self._found_dead} and self.state in CONNECTED
+
+    async def _probe(self, generation: int) -> None:
+        """One question to WhatsApp. Only silence counts against the connection; any other trouble is told by its own event."""
+        try:
+            await self._deps.engines.request(
+                "probe", self.id, generation, timeout_s=PROBE_S + 2.0, timeout_ms=int(PROBE_S * 1000)
+            )
+        except EngineError as e:
+            if e.engine_code in {"timeout", "no_answer"} and self._is_online(generation):
+                self._post(self._zombie(generation, {}))
+
+    def _zombie(self, generation: int, data: dict[str, Any]) -> _Happened:
+        """It says that it is connected, and is not: told, closed and connected again."""
         cause = CAUSES["keepalive_timeout"]
         told = {"state": self.state.value, "previous": self.state.value, "code": cause.code, "message": cause.message}
         self._deps.delivery.submit(self.id, "health_check_failed", {**told, "hint": cause.hint})
+        self._found_dead = generation
         self._close_beside()
         return _Happened(cause.trigger, generation, cause, data)
 
@@ -858,15 +1042,26 @@ class Session:
 
     def _inbound(self, event: EngineEvent) -> None:
         """Row first, then the answer: WhatsApp learns "received" only when the event is safe."""
+        of, waiting = self._unanswered
+        self._unanswered = (event.generation, waiting + 1 if of == event.generation else 1)
+        if self._unanswered[1] > UNANSWERED:
+            raise Flood(f"The engine does not wait for answers of session {self.id}.")
         arrived = events.inbound(event)
         if arrived.event == "message":
             self._last_message_at = timestamp(self._deps.now())
+            self._active_at = asyncio.get_running_loop().time()
             self._deps.changed(self.id)
         ticket = self._deps.delivery.submit(self.id, arrived.event, arrived.data, event_id=arrived.event_id)
         if ticket.safe.done():
-            self._deps.engines.answer(event, ok=True)
+            self._answer(event)
         else:
-            ticket.safe.add_done_callback(lambda _: self._deps.engines.answer(event, ok=True))
+            ticket.safe.add_done_callback(lambda _: self._answer(event))
+
+    def _answer(self, event: EngineEvent) -> None:
+        of, waiting = self._unanswered
+        if of == event.generation:
+            self._unanswered = (of, waiting - 1)
+        self._deps.engines.answer(event, ok=True)
 
     # --- messages out
 
@@ -888,6 +1083,7 @@ class Session:
             self._pacer,
             refuse=self._deps.options.pacing.on_limit == "refuse",
             now=self._deps.now,
+            restricted_until=lambda: self._locked_until,
         )
 
     def _pace(self) -> Pace | None:
@@ -895,6 +1091,7 @@ class Session:
 
     async def _leave_online(self) -> None:
         self._cancel_timer()
+        self._cancel_idle()
         await self._stop_sending(SEND_GRACE_S)
 
     async def _stop_sending(self, timeout_s: float) -> None:
@@ -910,6 +1107,12 @@ class Session:
 _SHUTDOWN = Cause(Trigger.STOP, "shutdown", "The daemon is stopping.", "Nothing to do: the session comes back with the daemon.")
 _REQUESTED = Cause(
     Trigger.STOP, "requested", "`disconnect` was asked for.", "Publish `create` to connect again; no QR is needed."
+)
+_IDLE = Cause(
+    Trigger.STOP,
+    "idle_timeout",
+    "No message came or went for as long as `[fleet] idle_timeout_s` says.",
+    "Publish `create` to connect again; no QR is needed.",
 )
 _LOGGED_OUT_BY_COMMAND = Cause(
     Trigger.LOGGED_OUT, "logged_out", "`logout` was asked for: the device is unlinked and the session removed."
