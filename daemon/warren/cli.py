@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from warren import __version__, cli_backup
+from warren import __version__, cli_backup, cli_import
 from warren.cli_base import (
     CALL_TIMEOUT_S,
     EXIT_CODES,
@@ -322,25 +322,29 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _version(args: argparse.Namespace) -> int:
-    engine = _engine_version(args)
+    """Without an engine here `engine` and `whatsmeow` are None: a machine that only runs the command line needs none."""
+    from warren.edges.store import SCHEMA_VERSION  # noqa: PLC0415 (SQLite, which nothing else here needs)
+
+    engine, whatsmeow = _engine_versions(args)
     if args.json:
-        print_json({"warren": __version__, "engine": engine})
-    else:
-        print(f"warren {__version__}\nwarren-engine {engine or 'not found (`make engine` builds it)'}")
+        print_json({"warren": __version__, "engine": engine, "whatsmeow": whatsmeow, "schema": SCHEMA_VERSION})
+        return EXIT_OK
+    print(f"warren {__version__} (schema {SCHEMA_VERSION} of warren.db)")
+    print(printable(f"warren-engine {engine} (whatsmeow {whatsmeow})") if engine else "warren-engine is not here (`make engine`)")
     return EXIT_OK
 
 
-def _engine_version(args: argparse.Namespace) -> str | None:
-    """None when there is no engine here; a machine that only runs the command line needs none."""
+def _engine_versions(args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """Of the engine and its whatsmeow; "unknown" when there is a program that does not tell."""
     try:
         program = find_engine_binary(settings_of(args).engine.path)
         ran = subprocess.run([program, "--version"], capture_output=True, timeout=10, check=True)
         told = orjson.loads(ran.stdout)
-        return printable(f"{told['engine']} (whatsmeow {told['whatsmeow']})")
+        return str(told["engine"]), str(told["whatsmeow"])
     except ConfigError:
-        return None
+        return None, None
     except (OSError, subprocess.SubprocessError, ValueError, TypeError, KeyError):
-        return "of an unknown version"
+        return "unknown", "unknown"
 
 
 # --- usage ------------------------------------------------------------------------------------------------------------
@@ -419,6 +423,7 @@ def build_parser() -> argparse.ArgumentParser:
         keys.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
         add,
     )
+    cli_import.add_command(commands, add)
     qr = add(commands, "qr", _qr, "draw the QR code of a session, renewed until it is connected", "warren qr acme")
     qr.add_argument("session", metavar="SESSION", type=session_id)
     watch = add(
