@@ -1085,6 +1085,8 @@ class Session:
             now=self._deps.now,
             restricted_until=lambda: self._locked_until,
         )
+        # Who hears `connected` may send at once: a queue that was only just made takes commands when this returns, not before.
+        await self._claim.consume_work()
 
     def _pace(self) -> Pace | None:
         return self._deps.options.pacing.pace(self._record.settings.get("messages_per_minute"))
