@@ -11,8 +11,10 @@ from typing import Any
 import orjson
 import pytest
 
+import warren
 from warren import cli, cli_base, client
 from warren.cli import main
+from warren.edges.store import SCHEMA_VERSION
 
 NOWHERE = "amqp://guest:geheim@127.0.0.1:1/"
 
@@ -128,27 +130,35 @@ def test_demo_is_handed_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "engine", "whatsmeow"),
     [
-        ("""echo '{"engine": "9.8.7", "whatsmeow": "v1.2", "protocol": 1}'""", "9.8.7 (whatsmeow v1.2)"),
-        ("echo warren-engine 9.8.7", "of an unknown version"),
-        ("echo []", "of an unknown version"),
-        ("exit 2", "of an unknown version"),
-        (None, None),
+        ("""echo '{"engine": "9.8.7", "whatsmeow": "v1.2", "protocol": 1}'""", "9.8.7", "v1.2"),
+        ("echo warren-engine 9.8.7", "unknown", "unknown"),
+        ("echo []", "unknown", "unknown"),
+        ("exit 2", "unknown", "unknown"),
+        (None, None, None),
     ],
 )
 def test_version(
-    script: str | None, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str | None,
+    engine: str | None,
+    whatsmeow: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    engine = tmp_path / "warren-engine"
+    program = tmp_path / "warren-engine"
     if script is not None:
-        engine.write_text(f"#!/bin/sh\n{script}\n")
-        engine.chmod(0o755)
-    monkeypatch.setenv("WARREN_ENGINE__PATH", str(engine))
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("WARREN_ENGINE__PATH", str(program))
     assert main(["version", "--json"]) == 0
-    assert orjson.loads(capsys.readouterr().out)["engine"] == told
+    told = orjson.loads(capsys.readouterr().out)
+    assert told == {"warren": warren.__version__, "engine": engine, "whatsmeow": whatsmeow, "schema": SCHEMA_VERSION}
     assert main(["version"]) == 0
-    assert (told or "make engine") in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert (f"{engine} (whatsmeow {whatsmeow})" if engine else "make engine") in text
+    assert f"schema {SCHEMA_VERSION} " in text
 
 
 def test_an_interrupted_command_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
