@@ -47,7 +47,7 @@ check: .venv/.ready engine/bin/.ready ## format, lint, types, imports, unit test
 
 .PHONY: test
 test: setup ## all tests: real RabbitMQ, real engine, simulated WhatsApp
-	@echo "test: python" && $(BIN)/pytest -q
+	@echo "test: python" && $(BIN)/pytest -q --ignore=tests/page
 	@echo "test: go" && cd engine && "$(GO)" test ./...
 	@echo "test: ok"
 
@@ -59,6 +59,11 @@ export SEED
 .PHONY: faults
 faults: setup ## kills everything for 100 rounds and counts what was lost (an hour and a half; ROUNDS=, OUTAGE_S=, SEED=)
 	@WARREN_FAULTS=1 ROUNDS=$(ROUNDS) OUTAGE_S=$(OUTAGE_S) $(BIN)/pytest -q -s tests/conformance/test_objects.py tests/faults
+
+.PHONY: page
+page: setup ## the page, in headless Chromium (installed when there is none); its screenshots go to build/page/
+	@tools/setup-chromium
+	@$(BIN)/pytest -q tests/page
 
 .PHONY: demo
 demo: setup ## one session's whole life, in front of you

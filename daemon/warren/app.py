@@ -347,7 +347,7 @@ class Daemon:
             p.delivery,
             p.engines,
             p.metrics,
-            backups=None,
+            backups=p.backups if p.backups is not None and p.backups.on else None,
             free_bytes=self._free_bytes,
             min_free_bytes=self.settings.delivery.min_free_disk_mb * 1_000_000,
             now=_now,

@@ -86,7 +86,16 @@ async function post(path, body) {
   return answer;
 }
 
-const sentence = (error) => [error.message, error.hint].filter(Boolean).join(" ");
+// The daemon's hints speak to programmers; here there are buttons.
+const spoken = (text) =>
+  (text ?? "")
+    .replace(/publish `create`/g, "press Connect")
+    .replace(/Publish `create`/g, "Press Connect")
+    .replaceAll("`logout`", "Log out")
+    .replaceAll("`disconnect`", "Disconnect")
+    .replaceAll("`connected`", "Online")
+    .replaceAll("`", "");
+const sentence = (error) => spoken([error.message, error.hint].filter(Boolean).join(" "));
 
 // Gives a command; true when it was done or goes on by itself. What went wrong is told in `place`, else at the bottom.
 async function command(name, session, args, place) {
