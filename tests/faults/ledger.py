@@ -25,8 +25,8 @@ class Ledger:
         """session -> number -> event ids."""
         self.sent: dict[str, set[int]] = defaultdict(set)
         """Commands that were completed."""
-        self.failed: Counter[str] = Counter()
-        """Commands that failed, by code."""
+        self.failed: list[str] = []
+        """Commands that failed, with code and time."""
         self.doubled: list[str] = []
         """The same message, or the same outcome, with another event id."""
         self.gaps: list[str] = []
@@ -83,7 +83,7 @@ class Ledger:
         if name == "command_completed":
             self.sent[session].add(number)
         else:
-            self.failed[event["data"]["error"]["code"]] += 1
+            self.failed.append(f"{session}-{number} {event['data']['error']['code']} {event['time']}")
         if number < self.ended[session] and len(ids) == 1:
             self.disorder.append(f"outcome {session}: {number} after {self.ended[session]}")
         self.ended[session] = max(self.ended[session], number)

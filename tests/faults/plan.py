@@ -13,9 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rounds`: each has every kind of disturbance once. `outage_s`: how long RabbitMQ is away. `seed`: of order and moments."""
+    """`rounds`: each has every kind of disturbance once. `outage_s`: how long RabbitMQ is away. `seed`: of order and moments.
+
+    `minutes`: after so many no further round is begun.
+    """
 
     rounds: int
+    minutes: float
     outage_s: float
     seed: int
 
@@ -24,6 +28,7 @@ class Plan:
 def plan() -> Plan:
     return Plan(
         rounds=int(os.environ.get("ROUNDS") or 5),
+        minutes=float(os.environ.get("MINUTES") or "inf"),
         outage_s=float(os.environ.get("OUTAGE_S") or 60),
         seed=int(os.environ.get("SEED") or random.SystemRandom().randrange(1_000_000)),
     )

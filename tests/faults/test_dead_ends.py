@@ -12,10 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 from tests.acceptance.rig import Rig, until
 from tests.conftest import Broker
+from tests.faults.bounds import attempts_within
 from tests.faults.world import row
 from tests.proxy import Proxy
-
-from warren.core.backoff import delay
 
 PEER = "15559990000"
 FOUND_S = 90.0
@@ -55,14 +54,6 @@ async def test_frozen_connections_are_found(tmp_path: Path, broker: Broker, repo
         times = f"p50 {statistics.median(seconds):.0f} s, max {seconds[-1]:.0f} s, must be under {FOUND_S:g} s"
         report("frozen connections to WhatsApp", [row("found", len(seconds), times)])
         assert seconds[-1] < FOUND_S
-
-
-def attempts_within(seconds: float, *, base_s: float, cap_s: float) -> int:
-    """The most attempts that the backoff allows in a time that begins with a loss: each pause as short as jitter makes it."""
-    at, attempts = 0.0, 0
-    while (at := at + delay(attempts, base_s=base_s, cap_s=cap_s, random01=0.0)) <= seconds:
-        attempts += 1
-    return attempts
 
 
 @pytest.mark.timeout(300)

@@ -22,11 +22,9 @@ FSYNC_MS = 5.0
 BURST_IN, BURST_OUT = 100, 25
 
 
-def errors(log: Path, offset: int) -> list[dict[str, object]]:
+def errors(world: World, offset: int) -> list[dict[str, object]]:
     """The errors that the daemon has logged behind `offset`."""
-    with log.open("rb") as file:
-        file.seek(offset)
-        lines = [line for line in file.read().splitlines() if line.startswith(b"{")]
+    lines = [line for line in world.logged(offset).splitlines() if line.startswith(b"{") and line.endswith(b"}")]
     return [entry for entry in map(json.loads, lines) if entry.get("level") == "error"]
 
 
@@ -44,7 +42,7 @@ async def test_disk_that_takes_nothing(
         logged = world.warrend.log.stat().st_size
         before = dict(traffic.written)
         {"full": disk.fill, "readonly": disk.make_readonly}[mood]()
-        await until(lambda: errors(world.warrend.log, logged) != [], "an error in the log")
+        await until(lambda: errors(world, logged) != [], "an error in the log")
 
         def written(more: int) -> bool:
             return all(traffic.written[s] >= before[s] + more for s in world.numbers)
@@ -54,7 +52,7 @@ async def test_disk_that_takes_nothing(
         for session, number in world.numbers.items():
             pending = await world.sim.pending(number)
             assert pending >= WRITTEN_MEANWHILE - 2, f"{session}: WhatsApp keeps only {pending}"
-        said = errors(world.warrend.log, logged)
+        said = errors(world, logged)
         assert any(words in str(e["message"]).lower() for e in said), said
         disk.heal()
         began = time.monotonic()

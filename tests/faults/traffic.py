@@ -166,7 +166,7 @@ class Traffic:
 
     async def _publish(self, session: str, number: int) -> None:
         args = {"to": f"+{self._peer}", "text": f"out {session} {number}"}
-        body = {"command": "send", "session": session, "id": f"{session}-{number}", "args": args}
+        body: dict[str, object] = {"command": "send", "session": session, "id": f"{session}-{number}", "args": args}
         await self._service.publish(body, session)
         self.asked[session] = number
 

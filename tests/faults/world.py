@@ -31,6 +31,8 @@ PEER = "15559990000"
 RECOVERY_S = 180.0
 """Deadline of one recovery; the figures are what counts."""
 HEARTBEAT_S = 2
+BOTH = 0.25
+"""The share of rounds that have two disturbances at the same time."""
 
 
 class World:
@@ -186,6 +188,12 @@ class World:
         with contextlib.suppress(AssertionError):  # what is missing is counted
             await until(everything, "all messages and outcomes", deadline_s)
 
+    def logged(self, offset: int) -> bytes:
+        """What the daemon's log has behind `offset`."""
+        with self.warrend.log.open("rb") as log:
+            log.seek(offset)
+            return log.read()
+
     def rss_mb(self) -> float:
         """Resident memory of the daemon and its engines together."""
         return sum(_rss_mb(pid) for pid in (self.warrend.pid, *self.warrend.engine_pids()))
@@ -221,7 +229,7 @@ class World:
         counts.messages, counts.commands = sum(traffic.written.values()), sum(traffic.asked.values())
         counts.stanzas_repeated = received["stanzas"] - len(received["shown"])
         counts.undecryptable = received["undecryptable"]
-        counts.failed = dict(ledger.failed)
+        counts.failed = ledger.failed
         return counts
 
 
@@ -238,7 +246,7 @@ class Counts:
         self.disorder: list[str] = []
         self.bugs: list[str] = []
         self.qrs = self.messages = self.commands = self.stanzas_repeated = self.undecryptable = 0
-        self.failed: dict[str, int] = {}
+        self.failed: list[str] = []
 
     def must_be_zero(self) -> dict[str, list[str] | int]:
         return {
@@ -250,13 +258,9 @@ class Counts:
             "gaps in sequence within an epoch": self.gaps,
             "disorder per session, both directions": self.disorder,
             "sessions that needed a QR": self.qrs,
-            "commands that failed": self.failed_list,
+            "commands that failed": self.failed,
             "bugs in the daemon's log": self.bugs,
         }
-
-    @property
-    def failed_list(self) -> list[str]:
-        return [f"{n} x {code}" for code, n in self.failed.items()]
 
     def offenders(self) -> dict[str, list[str] | int]:
         return {what: value if isinstance(value, int) else value[:10] for what, value in self.must_be_zero().items() if value}
@@ -282,9 +286,9 @@ class Disturbances:
     def __init__(self, world: World, chance: random.Random) -> None:
         self._world, self._chance = world, chance
 
-    @property
-    def kinds(self) -> dict[str, Callable[[], Awaitable[None]]]:
-        return {
+    def of_a_round(self) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
+        """Every kind once; and in one round of four, two at the same time."""
+        kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "kill -9 daemon": self.kill_daemon,
             "kill -9 engine": self.kill_engine,
             "kill -9 RabbitMQ": self.kill_rabbitmq,
@@ -292,6 +296,11 @@ class Disturbances:
             "half-open": self.half_open,
             "SIGTERM": self.sigterm,
         }
+        if self._chance.random() < BOTH:
+            kinds["kill -9 daemon and RabbitMQ"] = self.kill_both
+        order = list(kinds.items())
+        self._chance.shuffle(order)
+        return order
 
     async def kill_daemon(self) -> None:
         await self._world.warrend.kill()
@@ -307,6 +316,16 @@ class Disturbances:
     async def kill_rabbitmq(self) -> None:
         self._world.broker.kill()
         await self._world.broker_back()
+
+    async def kill_both(self) -> None:
+        """The daemon dies while RabbitMQ is away, and is back first: what it has is on disk alone."""
+        world = self._world
+        before = world.proxy.accepted
+        world.broker.kill()
+        await until(lambda: world.proxy.accepted > before, "the daemon to notice", RECOVERY_S)
+        await world.warrend.kill()
+        await world.warrend.start()
+        await world.broker_back()
 
     async def cut(self) -> None:
         self._world.proxy.cut()
@@ -336,6 +355,9 @@ class Recoveries:
         began = time.monotonic()
         yield
         self._seconds[kind].append(time.monotonic() - began)
+
+    def last(self, kind: str) -> float:
+        return self._seconds[kind][-1]
 
     def lines(self) -> list[str]:
         return [
