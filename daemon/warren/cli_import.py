@@ -154,7 +154,7 @@ def _engine(plan: Plan, to: Path | None) -> dict[str, Any]:
         _SOURCE: "The source was not touched. docs/import.md says what it must be.",
         _TARGET: "Nothing was imported.",
     }.get(ran.returncode, "Nothing was imported.")
-    raise ImportRefused(f"{said[:1].upper()}{said[1:].rstrip('.')}.", hint=hint)
+    raise ImportRefused(f"{said.rstrip('.')}.", hint=hint)
 
 
 # --- doing it -----------------------------------------------------------------------------------------------------------
