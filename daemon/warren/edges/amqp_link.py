@@ -6,7 +6,6 @@ import asyncio
 import logging
 import random
 import re
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -333,7 +332,7 @@ def describe(error: BaseException, options: BusOptions) -> BrokerUnavailable:
             return BrokerUnavailable(f"RabbitMQ at {where} has gone silent.", hint="Check the network.")
         case TimeoutError():
             return BrokerUnavailable(f"RabbitMQ at {where} did not answer in time.", hint="Check host, port and network.")
-        case ssl.SSLError():
+        case OSError() if "[SSL" in _text(error):  # aiormq wraps what ssl raises
             return BrokerUnavailable(
                 f"RabbitMQ at {where} and this machine do not agree about certificates: {_text(error)}.",
                 hint="Check [amqp] ca_file, which RabbitMQ's certificate is checked with, its host name in `url`, and cert_file.",
