@@ -105,7 +105,8 @@ async def test_a_session_from_its_qr_code_to_its_end_without_a_reload(rig: Any, 
     await rig.sim.add_phone("15550100002", "Ben")
     assert "none yet" in row
     await rig.sim.send("15550100002", NUMBER, "hi")
-    last = "[...document.querySelectorAll('[data-session=acme] dt')].find(dt => dt.textContent === 'Last message').nextSibling.textContent"
+    label = "[...document.querySelectorAll('[data-session=acme] dt')].find(dt => dt.textContent === 'Last message')"
+    last = f"{label}.nextSibling.textContent"
     await tab.until(f"{last} === 'just now'", "the message's time")
     await tab.js("document.activeElement.blur()")
     await views(tab, "sessions")

@@ -24,7 +24,7 @@ from loguru import logger
 
 from warren.core.redact import redact
 from warren.edges.http_metrics import Exposition
-from warren.edges.http_page import Page
+from warren.edges.http_page import READER, Page
 from warren.errors import BrokerUnavailable, CommandError, ConfigError, WarrenError
 from warren.ports import Commanding, Overview
 
@@ -101,7 +101,7 @@ class HttpServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        request["reader"] = self._may_read(request)
+        request[READER] = self._may_read(request)
         try:
             return await handler(request)
         except web.HTTPException:
@@ -137,17 +137,17 @@ class HttpServer:
     async def _readyz(self, request: web.Request) -> web.Response:
         problems = self._overview.problems()
         ready = not any(problem.blocking for problem in problems)
-        told = {"ready": ready, "problems": problems} if request["reader"] else {"ready": ready}
+        told = {"ready": ready, "problems": problems} if request[READER] else {"ready": ready}
         return _json(told, 200 if ready else 503)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        if not request["reader"]:
+        if not request[READER]:
             return refused()
         body, content_type = self._exposition.render(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _sessions(self, request: web.Request) -> web.Response:
-        return _json({"sessions": self._overview.sessions()}) if request["reader"] else refused()
+        return _json({"sessions": self._overview.sessions()}) if request[READER] else refused()
 
 
 def refused() -> web.Response:

@@ -42,6 +42,8 @@ FILES = {
 FIELDS = ("session", "state", "since", "message", "hint", "until", "jid", "push_name", "last_message_at", "outbox", "backup")
 """What the page shows of a status."""
 
+READER = web.RequestKey("reader", bool)
+"""Whether whoever asks may read."""
 Row = dict[str, Any]
 
 
@@ -85,9 +87,7 @@ class Page:
 
     async def _me(self, request: web.Request) -> web.Response:
         """What the page needs to know about its reader."""
-        return web.json_response(
-            {"reader": request["reader"], "token": self._check_token is not None, "csrf": self._word(request)}
-        )
+        return web.json_response({"reader": request[READER], "token": self._check_token is not None, "csrf": self._word(request)})
 
     async def _sign_in(self, request: web.Request) -> web.Response:
         token = (await _body(request)).get("token")
@@ -134,7 +134,7 @@ class Page:
                 "no_token", "Without a token the page only shows.", hint="Set [http] token and start warrend again."
             )
         word = self._word(request)
-        by_bearer = request["reader"] and "Authorization" in request.headers
+        by_bearer = request[READER] and "Authorization" in request.headers
         by_cookie = word is not None and secrets.compare_digest(request.headers.get(CSRF_HEADER, "").encode(), word.encode())
         if not by_bearer and not by_cookie:
             raise CommandError("token_needed", "You are not signed in.", hint="Load the page again and sign in.")
@@ -143,7 +143,7 @@ class Page:
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """A stream of `sessions` events: first all of them, then what has changed."""
-        if not request["reader"]:
+        if not request[READER]:
             return web.Response(status=401)
         if len(self._watching) >= MAX_WATCHING:
             return web.Response(status=503)

@@ -13,7 +13,7 @@ from warren.services.delivery import Delivery
 from warren.services.engines import Engines
 from warren.services.fleet import Fleet
 
-NEED_SOMEONE = (State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.QUARANTINED)
+NEED_SOMEONE = (State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.OUTDATED, State.QUARANTINED)
 """States that end only when somebody does something, or waits."""
 
 
