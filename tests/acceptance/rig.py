@@ -104,19 +104,17 @@ class Rig:
         self.client = await self._stack.enter_async_context(Client(self.url, self.prefix))
         state = self.base / "state"
         state.mkdir(mode=0o700)
-        self.warrend = Warrend(
-            state,
-            {
-                **self.sim.endpoint.environment(),
-                "WARREN_STATE_DIR": str(state),
-                "WARREN_AMQP__URL": self.url,
-                "WARREN_AMQP__PREFIX": self.prefix,
-                "WARREN_INSTANCE": "rig",
-                "WARREN_LOG__LEVEL": "debug",
-                "WARREN_PACING__MESSAGES_PER_MINUTE": "0",
-                **self._settings,
-            },
-        )
+        self._environment = {
+            **self.sim.endpoint.environment(),
+            "WARREN_STATE_DIR": str(state),
+            "WARREN_AMQP__URL": self.url,
+            "WARREN_AMQP__PREFIX": self.prefix,
+            "WARREN_INSTANCE": "rig",
+            "WARREN_LOG__LEVEL": "debug",
+            "WARREN_PACING__MESSAGES_PER_MINUTE": "0",
+            **self._settings,
+        }
+        self.warrend = Warrend(state, self._environment)
         await self.warrend.start()
         await self.ready()
         self._subscriber = asyncio.create_task(self._subscribe())
@@ -158,6 +156,15 @@ class Rig:
             return True
 
         await until(answers, f"an answer of warrend (see {self.warrend.log})")
+
+    def machine(self, name: str, **settings: str) -> Warrend:
+        """A daemon with a state directory of its own, not started. As `rig.warrend` it is the one that the rig ends."""
+        base = self.base / name
+        state = base / "state"
+        if not state.exists():
+            state.mkdir(mode=0o700, parents=True)
+        environment = {**self._environment, "WARREN_STATE_DIR": str(state), "WARREN_INSTANCE": name, **settings}
+        return Warrend(state, environment)
 
     async def restart(self) -> None:
         await self.warrend.start()

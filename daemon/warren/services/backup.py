@@ -183,6 +183,8 @@ class Backups:
                 hint="Its first connection does that: publish `create`.",
                 final=False,
             )
+        if not job.owner.record.paired:
+            raise CommandError("backup_failed", "No phone is linked, so there is nothing to back up.", final=False)
         job.dirty, job.dirty_since = True, self._now()
         await self._run(job)
         if job.dirty or job.trouble:

@@ -342,7 +342,13 @@ class Engines:
         self._where[session] = host
         host.sessions[session] = _Open(generation, on_event)
         given = {name: value for name, value in arguments.items() if value is not None}
-        return await host.request("open", session, OPEN_TIMEOUT_S, generation=generation, **given)
+        asked = asyncio.ensure_future(host.request("open", session, OPEN_TIMEOUT_S, generation=generation, **given))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            # A `close` that overtakes it would find nothing to close, and the session would stay open behind our back.
+            await asyncio.gather(asked, return_exceptions=True)
+            raise
 
     async def request(self, op: str, session: str, generation: int, *, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         """`send`, `close`, `logout`. Raises EngineError (`not_open`, `gone`, `no_answer` or the engine's own code)."""

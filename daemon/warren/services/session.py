@@ -717,7 +717,9 @@ class Session:
                 self._wait_for_version(before)
             case State.STOPPING if before is not State.STOPPING:
                 self._close_beside(then=Trigger.CLOSED)
-            case State.QUARANTINED if trigger is Trigger.SUPERSEDED:
+            case State.QUARANTINED if trigger is not Trigger.SUPERSEDED:
+                self._deps.backups.unsettle(self.id)  # what cannot be read cannot be backed up
+            case State.QUARANTINED:
                 self._cancel_timer()
                 self._over = self._generation
                 self._close_beside()
