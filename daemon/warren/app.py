@@ -33,6 +33,7 @@ from warren.edges.settings import Settings, find_engine_binary, load_settings
 from warren.edges.statedir import StateDirectory
 from warren.edges.storage_keys import disk_warning, load_keyring
 from warren.edges.store import SqliteStore
+from warren.edges.store_rebuild import Rebuilt, open_database
 from warren.errors import StorageError, WarrenError
 from warren.ports import EngineProcess, ObjectStore
 from warren.services.backup import BackupOptions, Backups
@@ -51,6 +52,11 @@ from warren.services.vault import Vault
 if TYPE_CHECKING:
     from warren.edges.http import HttpServer
 
+REBUILT = "The daemon's database was damaged and made again: the session goes on in a new epoch."
+REBUILT_HINT = (
+    "Events of the epoch before, settings of the session, and outcomes of commands may be lost; see the daemon's log. Give the "
+    "session's settings again with `create`."
+)
 EXIT_UNCLEAN = 1
 EXIT_CONFIG = 2
 ENGINE_LEVELS = {"debug": "debug", "info": "info", "warning": "warn", "error": "error"}
@@ -114,7 +120,7 @@ class Daemon:
         p.state_dir = StateDirectory(s.state_dir)
         p.state_dir.lock()
         # 2. What we know: registry, outbox, journal.
-        p.store = await SqliteStore.open(s.state_dir / "warren.db")
+        p.store, rebuilt = await open_database(s.state_dir / "warren.db", p.state_dir)
         # 3. Where backups go. A wrong key is refused before anything is written.
         vault = await self._open_vault()
         # 4. RabbitMQ: the configured one, or our own node (adopted, when an earlier daemon was killed).
@@ -153,6 +159,8 @@ class Daemon:
         p.health = self._make_health()
         await self._start_http()
         await p.fleet.start(p.gateway.on_command, p.gateway.on_command)
+        if rebuilt is not None:
+            self._tell_rebuilt(rebuilt)
         await p.bus.start()
         p.health.started = True
         logger.bind(action="ready", instance=s.instance).info("warrend {} is ready.", __version__)
@@ -255,6 +263,16 @@ class Daemon:
         if isinstance(result, Exception):
             self._clean = False
             logger.bind(action="shutdown_bug", step=name).opt(exception=result).error("Stopping: `{}` failed.", name)
+
+    def _tell_rebuilt(self, rebuilt: Rebuilt) -> None:
+        fleet, delivery = self._parts.fleet, self._parts.delivery
+        assert fleet is not None
+        assert delivery is not None
+        for name in rebuilt.sessions:
+            if (session := fleet.get(name)) is not None:
+                state = session.state.value
+                told = {"state": state, "previous": state, "code": "registry_rebuilt", "message": REBUILT, "hint": REBUILT_HINT}
+                delivery.submit(name, "error", told)
 
     async def _finish_commands(self) -> None:
         fleet, outcomes = self._parts.fleet, self._parts.outcomes

@@ -112,6 +112,25 @@ class StateDirectory:
             return []
         return sorted(int(name) for name in names if _EPOCH.fullmatch(name))
 
+    async def sessions(self) -> list[str]:
+        """The sessions that have a directory, sorted."""
+        folder = self.path / "sessions"
+        try:
+            with _explained(folder):
+                names = await asyncio.to_thread(_folders_in, folder)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in names if is_session_id(name))
+
+    async def state_size(self, session: str, epoch: int) -> int:
+        """Bytes of the epoch's `state.db`; 0 when there is none."""
+        database = self._folder(session) / str(epoch) / "state.db"
+        try:
+            with _explained(database):
+                return (await asyncio.to_thread(os.stat, database)).st_size
+        except FileNotFoundError:
+            return 0
+
     async def has_state(self, session: str, epoch: int) -> bool:
         """Whether the epoch has a `state.db`, good or bad."""
         database = self._folder(session) / str(epoch) / "state.db"

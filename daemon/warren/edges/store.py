@@ -121,6 +121,10 @@ class _Outcome:
     error: Exception | None = None
 
 
+class DamagedError(StateError):
+    """What is in the file is damaged or not warren's: nothing is lost by setting it aside (see `store_rebuild`)."""
+
+
 class SqliteStore:
     """Implements `ports.Store`. Made by `open`; belongs to the event loop it was opened in."""
 
@@ -148,7 +152,8 @@ class SqliteStore:
         """Open or create the database (0600); its directory must exist. Checks the whole file, 1 to 4 s per GB.
 
         `clock` gives seconds since 1970, for the age of journal rows. Raises OwnershipError when another process has it open,
-        StateError when it is damaged, not ours or from a newer warren. When cancelled, it is closed again by itself.
+        DamagedError when it is damaged or not ours, StateError when it is from a newer warren or cannot be used. When cancelled,
+        it is closed again by itself.
         """
         store = cls(path, asyncio.get_running_loop(), clock)
         store._thread.start()
@@ -172,12 +177,12 @@ class SqliteStore:
     async def sessions(self) -> list[SessionRecord]:
         """Every row of the registry, by session."""
         rows = await self._submit(lambda: self._db.execute(f"{_SELECT_SESSION} ORDER BY session").fetchall())
-        return [_record(row) for row in rows]
+        return [record_of(row) for row in rows]
 
     async def session(self, session: str) -> SessionRecord | None:
         """One row of the registry."""
         row = await self._submit(lambda: self._db.execute(f"{_SELECT_SESSION} WHERE session = ?", (session,)).fetchone())
-        return None if row is None else _record(row)
+        return None if row is None else record_of(row)
 
     async def outcome(self, session: str, command_id: str) -> JournalRow | None:
         """The journal's row of a command, while it is kept: 7 days, and the last 1,000 of a session for longer."""
@@ -506,10 +511,12 @@ class SqliteStore:
             for statement in _SCHEMA:
                 self._db.execute(statement)
         elif "meta" not in tables:
-            raise StateError(
+            raise DamagedError(
                 f"{self._path} is an SQLite database, but not one of warren's.",
                 hint="Check `state_dir`; nothing was changed.",
             )
+        elif lost := {"sessions", "outbox", "journal"} - tables:
+            raise _damaged(self._path, f"it has no table {', '.join(sorted(lost))}")
         self._check_version()
         for statement in _ADDED:
             self._db.execute(statement)
@@ -545,7 +552,7 @@ class SqliteStore:
         """The error for people; what is neither SQLite's nor the file system's is a bug and stays as it is."""
         if isinstance(error, WarrenError) or not isinstance(error, sqlite3.Error | OSError):
             return error
-        explained = _explain(error, self._path)
+        explained = explain(error, self._path)
         explained.__cause__ = error
         return explained
 
@@ -572,7 +579,8 @@ def _make_private(path: Path) -> None:
         path.chmod(0o600)
 
 
-def _record(row: tuple[Any, ...]) -> SessionRecord:
+def record_of(row: tuple[Any, ...]) -> SessionRecord:
+    """A row of the registry. Raises StateError when it is none."""
     session, epoch, desired, sequence, settings, account, halted, paired, until = row
     try:
         return SessionRecord(
@@ -585,10 +593,11 @@ def _record(row: tuple[Any, ...]) -> SessionRecord:
 
 
 def _damaged(path: Path, what: str) -> StateError:
-    return StateError(f"{path} is damaged: {what}.", hint="Move it away (with its -wal file) and start again.")
+    return DamagedError(f"{path} is damaged: {what}.", hint="Move it away (with its -wal file) and start again.")
 
 
-def _explain(error: sqlite3.Error | OSError, path: Path) -> WarrenError:
+def explain(error: sqlite3.Error | OSError, path: Path) -> WarrenError:
+    """The same in words: what is wrong with the database, and what to do."""
     if isinstance(error, OSError):
         return StateError(f"{path} cannot be created: {error.strerror}.", hint="Check `state_dir` and its owner.")
     # The low byte is the primary code; the rest refines it.
@@ -596,10 +605,16 @@ def _explain(error: sqlite3.Error | OSError, path: Path) -> WarrenError:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return OwnershipError(f"{path} is in use by another process.", hint="Only one warrend may run per state directory.")
         case sqlite3.SQLITE_FULL:
-            return StateError(f"The disk of {path} is full.", hint="Free some space; the daemon goes on by itself.")
+            return StateError(
+                f"The disk of {path} is full.", hint="Free some space; the daemon goes on by itself.", retryable=True
+            )
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return _damaged(path, str(error))
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
-            return StateError(f"{path} cannot be used: {error}.", hint="Check `state_dir` and its owner.")
+            return StateError(
+                f"{path} cannot be used: {error}.",
+                hint="Check `state_dir`, its owner, and whether its file system is mounted read-only.",
+                retryable=True,
+            )
         case _:
-            return StateError(f"{path}: {error}.", hint="Look at the system log for errors of the disk.")
+            return StateError(f"{path}: {error}.", hint="Look at the system log for errors of the disk.", retryable=True)
