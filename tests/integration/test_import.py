@@ -99,8 +99,9 @@ async def test_a_session_of_baileys_goes_on_without_a_qr_code(tmp_path: Path) ->
         report = await import_it(source, target)
         assert contents(source) == before
         assert report["jid"] == f"{ANA}:1@s.whatsapp.net"
-        assert report["carried"] == dry["carried"] == {"device": 1, "pre_keys": 812, "lid_mappings": 2}
-        assert {left["kind"] for left in report["not_carried"]} >= {"sessions", "sender_keys"}
+        assert report["carried"] == dry["carried"]
+        assert report["carried"] == {"device": 1, "pre_keys": 812, "lid_mappings": 2, "sessions": 3, "sender_keys": 1}
+        assert {left["kind"] for left in report["not_carried"]} == {"own_sender_keys", "sender_key_memories", "device_lists"}
         assert report["warnings"] == []
         group = (await sim.request("GET", "/groups"))["groups"][0]["id"]
         # These wait in sessions that only Baileys knew.
@@ -120,8 +121,6 @@ async def goes_on(pipe: Pipe, sim: Simulator, target: Path, group: str) -> None:
     await pipe.event("connected")
     for text in ("while away", "group while away"):
         await pipe.event("message", text=text)
-    asked = pipe.count("undecryptable")
-    assert 1 <= asked <= 2, "each of the two is asked for at most once"
     for number, to in enumerate((f"{BOB}@s.whatsapp.net", group)):
         text = f"from warren {number}"
         sent = await pipe.request("send", message_id=f"3EB0IMPORTED{number}", to=to, text=text, timeout_ms=10_000)
@@ -130,7 +129,8 @@ async def goes_on(pipe: Pipe, sim: Simulator, target: Path, group: str) -> None:
     for to, text in ((ANA, "to warren"), (group, "group to warren")):
         await sim.send(BOB, to, text)
         await pipe.event("message", text=text)
-    assert pipe.count("undecryptable") == asked
+    # What came in Baileys' sessions was read in them; what was sent began new ones.
+    assert pipe.count("undecryptable") == 0
     assert pipe.count("qr") == 0
     assert (await sim.received(BOB))["undecryptable"] == 0
     closed = await pipe.request("close")

@@ -44,8 +44,6 @@ const (
 
 // Reasons why something stays behind.
 const (
-	whySessions   = "another library's format: the first message in each direction begins a new session, by pre-keys or by a retry receipt"
-	whySenderKeys = "another library's format: senders' keys come again with a retry receipt, our own is made anew"
 	whyAppState   = "whatsmeow fetches it again, with the contacts and chat settings in it, which Baileys does not keep here"
 	whyIdentities = "learned again with each new session"
 	whyDevices    = "asked for again when a message is sent"
@@ -54,9 +52,7 @@ const (
 
 // kinds of files, longest first where one begins like another.
 var leftBehind = []struct{ prefix, kind, why string }{
-	{"session-", "sessions", whySessions},
 	{"sender-key-memory-", "sender_key_memories", whyDevices},
-	{"sender-key-", "sender_keys", whySenderKeys},
 	{"app-state-sync-version-", "app_state_versions", whyAppState},
 	{"identity-key-", "identity_keys", whyIdentities},
 	{"device-list-", "device_lists", whyDevices},
@@ -167,13 +163,13 @@ func readBaileys(ctx context.Context, options Options, work string, report *Repo
 	if err := b.device(ctx, creds); err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context, []string, *credentials) error{b.preKeys, b.appStateKeys, b.lidMappings, b.tokens} {
+	for _, step := range []func(context.Context, []string, *credentials) error{b.preKeys, b.appStateKeys, b.lidMappings, b.tokens, b.sessions, b.senderKeys} {
 		if err := step(ctx, names, creds); err != nil {
 			return err
 		}
 	}
 	b.rest(names)
-	return nil
+	return b.store.MarkCopy(ctx)
 }
 
 // read decodes one file; missing reports whether it holds null or is not there.
@@ -539,7 +535,7 @@ func (b *baileys) rest(names []string) {
 		case i >= 0:
 			counts[i]++
 		case name == "creds.json", preKeyName.MatchString(name), strings.HasPrefix(name, "app-state-sync-key-"), strings.HasPrefix(name, "lid-mapping-"),
-			strings.HasPrefix(name, "tctoken-"):
+			strings.HasPrefix(name, "tctoken-"), strings.HasPrefix(name, "session-"), strings.HasPrefix(name, "sender-key-"):
 		default:
 			strange = append(strange, filepath.Base(name))
 		}

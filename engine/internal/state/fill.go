@@ -73,6 +73,17 @@ func (s *Store) PutPreKeys(ctx context.Context, list []*keys.PreKey, firstLocal 
 	return transaction.Commit()
 }
 
+// PutSession stores a Signal session that was begun elsewhere.
+func (s *Store) PutSession(ctx context.Context, address string, session []byte) error {
+	return s.Device.Sessions.PutSession(context.WithValue(ctx, decrypting{}, true), address, session)
+}
+
+// MarkCopy makes the store count as a copy from the next time on that it is opened: its sessions are for reading only.
+func (s *Store) MarkCopy(ctx context.Context) error {
+	_, err := s.raw.ExecContext(ctx, fmt.Sprintf("PRAGMA user_version=%d", copyMark))
+	return err
+}
+
 // CopyOne copies the store at from, of which this process is the only user, to the new file at to, brings it to the schema of today, and keeps but the
 // device that pick chooses among those there are. What is made counts as a copy: nobody knows how old the source is. It tells of tables that are not whatsmeow's.
 func CopyOne(ctx context.Context, from, to string, pick func(jids []string) (string, error)) (foreign int, err error) {
