@@ -41,6 +41,7 @@ from warren.core.envelope import CreateArgs, Outcome
 from warren.core.machine import State
 from warren.core.names import is_session_id
 from warren.edges.settings import find_engine_binary
+from warren.edges.storage_keys import disk_warning, load_keyring
 from warren.edges.terminal import QrScreen, printable
 from warren.errors import CommandError, ConfigError, WarrenError
 
@@ -299,7 +300,12 @@ async def _watched(args: argparse.Namespace) -> None:
 
 
 def _check_config(args: argparse.Namespace) -> int:
-    described = settings_of(args).describe()
+    settings = settings_of(args)
+    if settings.storage.url is not None or settings.storage.key is not None:
+        load_keyring(settings.storage, settings.state_dir)
+    described = settings.describe()
+    if warning := disk_warning(settings):
+        note(f"note: {warning}")
     if args.json:
         print_json({"settings": {d.name: {"value": d.value, "source": d.source} for d in described}})
         return EXIT_OK

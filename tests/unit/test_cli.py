@@ -98,6 +98,19 @@ def test_check_config_masks_and_names_sources(tmp_path: Path, capsys: pytest.Cap
     assert settings["amqp.prefix"] == {"value": "warren", "source": "default"}
 
 
+def test_check_config_looks_at_the_key_of_the_backups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.toml").write_text('[storage]\nurl = "s3://bucket"\n')
+    assert main(["check-config", "--config", "my.toml"]) == 2
+    assert "warren keys generate" in capsys.readouterr().err
+    (tmp_path / "my.toml").write_text(f'[storage]\nurl = "s3://bucket"\nkey = "{"00" * 32}"\n')
+    assert main(["check-config", "--config", "my.toml"]) == 2
+    assert "not random" in capsys.readouterr().err
+    (tmp_path / "my.toml").write_text("")
+    assert main(["check-config", "--config", "my.toml"]) == 0
+    assert "they do not survive its loss" in capsys.readouterr().err
+    assert not (tmp_path / "var").exists()
+
+
 def test_check_config_names_file_setting_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "my.toml").write_text('[amqp]\nurll = "x"\n')
     assert main(["check-config", "--config", "my.toml"]) == 2
