@@ -233,6 +233,29 @@ func TestCloseInTheMiddleLosesAndRepeatsNothing(t *testing.T) {
 	}
 }
 
+// TestCloseOvertakesOpen: a daemon that gives an open up must be able to take it back.
+func TestCloseOvertakesOpen(t *testing.T) {
+	_, d, dir := pairedEngine(t)
+	d.must("close", "acme", 2, nil)
+	for generation := int64(3); generation < 13; generation++ {
+		opening := d.start("open", "acme", generation, map[string]any{"dir": dir, "device_name": "warren test"})
+		closing := d.start("close", "acme", generation, nil)
+		if response := d.response(closing); !response.OK {
+			t.Fatalf("close: %v", response.Error)
+		}
+		if response := d.response(opening); !response.OK {
+			t.Fatalf("open: %v", response.Error)
+		}
+	}
+	d.refused("not_open", "close", "acme", 12, nil)
+	missing := d.start("open", "other", 1, map[string]any{"dir": t.TempDir(), "device_name": "warren test"})
+	d.refused("not_open", "close", "other", 1, nil)
+	if response := d.response(missing); response.Error["code"] != "state_missing" {
+		t.Errorf("%v", response)
+	}
+	d.online("acme", 13, dir)
+}
+
 func TestLogout(t *testing.T) {
 	sim, d, dir := pairedEngine(t)
 	d.must("logout", "acme", 2, nil)

@@ -198,7 +198,27 @@ func (e *Engine) depart(r *frames.Request) *entry {
 	return current
 }
 
+// closeSession also closes a generation that is still being opened, once it is: else it would stay open after its daemon has given it up.
 func (e *Engine) closeSession(r *frames.Request) {
+	e.mu.Lock()
+	current := e.sessions[r.Session]
+	e.mu.Unlock()
+	if current == nil || current.generation != r.Generation {
+		e.reply(r, nil, notOpen(r))
+		return
+	}
+	select {
+	case <-current.opened:
+		e.closeOpened(r)
+	default:
+		go func() {
+			<-current.opened
+			e.closeOpened(r)
+		}()
+	}
+}
+
+func (e *Engine) closeOpened(r *frames.Request) {
 	current := e.depart(r)
 	if current == nil {
 		e.reply(r, nil, notOpen(r))
