@@ -109,7 +109,7 @@ class Health:
         if not waiting:
             return []
         told = ", ".join(f"{count} {state}" for state, count in waiting.items())
-        hint = "Each says in its status what to do: `warren list`, `warren status SESSION`."
+        hint = "Each says in its status what to do: `warren session list`, `warren session status ID`."
         return [Problem("sessions_need_someone", f"Sessions that need somebody: {told}.", hint, blocking=False)]
 
     # --- numbers
