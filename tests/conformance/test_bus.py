@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import struct
 import time
@@ -16,11 +17,13 @@ import pamqp.frame
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aiormq.abc import ChannelFrame
+from loguru import logger
 from pamqp import commands as spec
 from pamqp.body import ContentBody
 from tests.conftest import Broker
 from tests.proxy import Proxy
 
+from warren.core.backoff import delay
 from warren.core.names import Topology
 from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.amqp_claim import AmqpClaim
@@ -222,6 +225,63 @@ async def test_trouble_never_shows_the_password(broker: Broker, station: MakeSta
     assert str(parts.password) not in two.bus.trouble
     with pytest.raises(ConfigError):
         await station("http://127.0.0.1/", connect=False)
+
+
+async def test_a_server_that_accepts_and_closes_is_tried_at_most_nine_times_in_the_first_minute(names: Topology) -> None:
+    """And four times in each later one. The test's minute has three seconds."""
+    accepted: list[float] = []
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(time.monotonic())
+        writer.close()
+
+    production = BusOptions("amqp://127.0.0.1/", names, "i")
+    pauses = [delay(n, base_s=production.backoff_base_s, cap_s=production.backoff_cap_s, random01=0.0) for n in range(20)]
+    assert sum(pauses[:8]) < 60 < sum(pauses[:9])  # behind the first try
+    assert sum(pauses[15:19]) >= 60
+    faster = 20
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        options = dataclasses.replace(
+            production,
+            url=f"amqp://u:p@127.0.0.1:{server.sockets[0].getsockname()[1]}/",
+            backoff_base_s=production.backoff_base_s / faster,
+            backoff_cap_s=production.backoff_cap_s / faster,
+        )
+        bus = AmqpBus(options, on_unclaimed=print, on_query=print, on_dead=print, on_lock_lost=print)
+        await bus.start()
+        await until(lambda: bool(accepted) and time.monotonic() - accepted[0] > 60 / faster)
+        await bus.close()
+    assert 2 <= len([at for at in accepted if at - accepted[0] < 60 / faster]) <= 9
+
+
+async def test_changed_credentials_are_told_once_and_heal_when_they_are_right_again(
+    broker: Broker, station: MakeStation, names: Topology
+) -> None:
+    parts = urlsplit(broker.url)
+    user = f"user-{names.prefix}"
+    await broker.ctl("add_user", user, "first")
+    await broker.ctl("set_permissions", user, ".*", ".*", ".*")
+    told: list[str] = []
+    sink = logger.add(lambda line: told.append(str(line)), level="WARNING", format="{message}")
+    try:
+        one = await station(f"amqp://{user}:first@{parts.hostname}:{parts.port}/")
+        claim = await one.claim("acme")
+        await broker.ctl("change_password", user, "second")
+        await broker.ctl("close_all_user_connections", user, "rotated")
+        await until(lambda: "refused the login" in one.bus.trouble)
+        since = time.monotonic()
+        await until(lambda: time.monotonic() - since > 2.0)  # several tries
+        assert not claim.held
+        assert len([line for line in told if "refused the login" in line]) == 1
+        await broker.ctl("change_password", user, "first")
+        await one.connected()
+        await until(lambda: claim.held)
+        await one.tell("acme", "back")
+        await until(lambda: one.ids("acme.control") == ["back"])
+        assert one.bus.trouble == ""
+    finally:
+        logger.remove(sink)
+        await broker.ctl("delete_user", user)
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------
@@ -695,6 +755,42 @@ async def test_a_session_whose_queue_was_just_made_survives_the_death_of_rabbitm
     await until(lambda: all(one.ids(f"s{i}.work") == [f"w{i}"] for i in range(5)))
     left = [queue for queue in (await broker.ctl("-q", "list_queues", "name")).split() if queue.startswith(f"{names.prefix}.")]
     assert not [queue for queue in left if queue.endswith(".new")]
+
+
+async def test_a_broker_that_comes_back_empty_gets_everything_again(
+    broker: Broker, station: MakeStation, names: Topology
+) -> None:
+    one = await station(ripe_s=RIPE_S)
+    claims = [await one.claim(f"s{i}") for i in range(3)]
+    await claims[0].consume_work()
+    await _until_confirmed(one, "before")
+    for step in ("stop_app", "reset", "start_app"):
+        await broker.ctl(step)
+    await one.connected(30)
+    await until(lambda: all(claim.held for claim in claims))
+    await asyncio.gather(*(claim.wait_held() for claim in claims))
+    await asyncio.gather(*(claim.consume_work() for claim in claims))
+    two = await station()
+    with pytest.raises(OwnershipError):
+        await two.claim("s0")
+    for i in range(3):
+        await one.tell(f"s{i}", f"c{i}")
+        await one.order(f"s{i}", f"w{i}")
+    await until(lambda: all(one.ids(f"s{i}.control") == [f"c{i}"] and one.ids(f"s{i}.work") == [f"w{i}"] for i in range(3)))
+    async with await aio_pika.connect(broker.url) as connection:
+        channel = await connection.channel()
+        await _until_confirmed(one, "nobody listens")
+        assert await depth(channel, names.unrouted) == 1
+        queue = await bound_queue(channel, names.events)
+        await _until_confirmed(one, "somebody does")
+        assert await drained(queue) == ["somebody does"]
+    await one.tell("nobody", "lost")
+    await until(lambda: "lost" in one.ids("unclaimed") + two.ids("unclaimed"))
+
+
+async def _until_confirmed(one: Station, message_id: str) -> None:
+    while not await _is_confirmed(one, one.names, message_id):
+        await asyncio.sleep(0.01)
 
 
 @pytest.fixture
