@@ -157,9 +157,10 @@ class World:
         """A stay in ONLINE, with these in the queue."""
         pacer = Pacer("acme", Window(self.store.windows.get("acme", ())), lambda: self.pacing.pace(None), utc)
         self.queue.messages += messages
-        refuse = self.pacing.on_limit == "refuse"
         queue: Any = self.queue
-        self.queue.lane = SendLane("acme", self._request, queue, self.outcomes, pacer, refuse=refuse, now=utc)
+        self.queue.lane = SendLane(
+            "acme", self._request, queue, self.outcomes, pacer, refuses=lambda: self.pacing.on_limit == "refuse", now=utc
+        )
         return self.queue.lane
 
     async def ended(self, count: int) -> list[str]:

@@ -15,7 +15,7 @@ import orjson
 import pytest
 from tests.fakes import MemoryBus, MemoryStore
 
-from warren.core.envelope import Origin, decode_command, timestamp
+from warren.core.envelope import Origin, Outcome, decode_command, timestamp
 from warren.core.frames import EngineEvent
 from warren.core.machine import State
 from warren.core.names import Topology
@@ -81,6 +81,9 @@ class LoggedStore(MemoryStore):
 
 class HeldClaim:
     held = True
+
+    async def unbind(self) -> None:
+        pass
 
     async def consume_work(self) -> None:
         pass
@@ -241,7 +244,10 @@ async def test_a_paired_session_opens_the_directory_that_current_names_whatever_
 class Command:
     """`ports.Incoming`: a command for `acme`."""
 
-    exchange, routing_key, message_id, reply_to, correlation_id = "warren.control", "acme", None, None, None
+    exchange, routing_key = "warren.control", "acme"
+    message_id: str | None = None
+    reply_to: str | None = None
+    correlation_id: str | None = None
 
     def __init__(self, name: str, args: dict[str, Any] | None = None, *, redelivered: bool = False) -> None:
         body = {"command": name, "session": "acme", "id": f"{name}-1", "args": args or {}}
@@ -491,3 +497,47 @@ async def test_a_create_that_kills_the_daemon_goes_to_the_dead_queue() -> None:
         await true(lambda: create.acks == 1)
         assert store.told[-1]["error"]["code"] == "gave_up"
         assert engines.opened.empty()
+
+
+async def test_an_alarm_comes_once_in_a_row_of_failures() -> None:
+    """Also when it gets online for a moment in between; after a stable time, the next row has its own."""
+    async with running(replace(OPTIONS, stable_s=0.3), paired=True) as (session, engines, store):
+        for _ in range(6):
+            await online(session, engines)
+            engines.says("disconnected", reason="network")
+        assert store.log.count("reconnect_failed") == 1
+        await online(session, engines)
+        await true(lambda: session.status()["attempt"] == 0)
+        for _ in range(OPTIONS.alarm_after):
+            engines.says("disconnected", reason="network")
+            await opening(engines)
+        await true(lambda: store.log.count("reconnect_failed") == 2)
+
+
+async def test_a_logout_that_cannot_be_recorded_holds_up_nobody() -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        store.failing = 1_000_000
+        logout, other = Command("logout"), Command("disconnect")
+        session.command(logout.task())
+        session.command(other.task())
+        await true(lambda: "logout" in engines.asked)
+        await asyncio.wait_for(session.halt(), 5)
+        assert (logout.acks, other.acks) == (0, 0)
+        store.failing = 0
+        await true(lambda: (logout.acks, other.acks) == (1, 1))
+        assert [d["error"]["code"] for d in store.told if "error" in d] == ["session_not_found"]
+
+
+async def test_status_is_answered_while_nothing_can_be_stored() -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        store.failing = 1_000_000
+        status = Command("status")
+        status.reply_to = "replies"
+        outcomes = session._deps.outcomes
+        outcomes.finish(status.task(), Outcome("status", "status-1", session.status()), journal=False)
+        bus = cast(Any, outcomes)._bus
+        await true(lambda: bus.replies)
+        assert status.acks == 0
+        store.failing = 0

@@ -193,6 +193,7 @@ class Fleet:
         self._deps.backups.end(session.id)
         self._sessions.pop(session.id, None)
         self._actors.pop(session.id, None)
+        self._deps.outcomes.forget(session.id)
         self._deps.changed(session.id)
         self._begin_removal(session.record, self._claims.pop(session.id))
         for incoming in session.abandoned():

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from loguru import logger
 
-from warren.core.envelope import JSON, Command, Outcome, outcome_event_id
+from warren.core.envelope import COMMANDS, JSON, Command, Outcome, outcome_event_id
 from warren.core.names import NO_SESSION, Topology
 from warren.core.names import command_fingerprint as fingerprint
 from warren.errors import CommandError, StateError
@@ -201,6 +201,11 @@ class Outcomes:
             self._starts[task.key] = count - 1
             self._store.write(PutStarts(*task.key, count - 1)).add_done_callback(_ignored)
 
+    def forget(self, session: str) -> None:
+        """The session is gone, and what its commands were doing with it."""
+        for key in [key for key in self._starts if key[0] == session]:
+            del self._starts[key]
+
     async def to_dead(self, incoming: Incoming, error: CommandError) -> bool:
         """Put a copy of a command into the dead queue, with the reason. False: RabbitMQ did not confirm it."""
         logger.bind(action="command_dead", reason=error.reason).warning("A command goes to the dead queue: {}", error)
@@ -281,8 +286,11 @@ class Outcomes:
     async def _settle(self, task: Task, outcome: Outcome, ticket: Ticket) -> None:
         try:
             async with asyncio.timeout(max(0.0, task.at + UNACKED_S - time.monotonic())):
+                if not COMMANDS[task.command.name].effect:
+                    await self._reply(task.incoming, outcome)  # also while nothing can be stored: nothing was done
                 await asyncio.shield(ticket.stored)
-                await self._reply(task.incoming, outcome)
+                if COMMANDS[task.command.name].effect:
+                    await self._reply(task.incoming, outcome)
                 await asyncio.shield(ticket.confirmed)
         except TimeoutError:
             await task.incoming.requeue()

@@ -111,12 +111,12 @@ class SendLane:
         outcomes: Outcomes,
         pacer: Pacer,
         *,
-        refuse: bool,
+        refuses: Callable[[], bool],
         now: Callable[[], datetime],
         restricted_until: Callable[[], datetime | None] = lambda: None,
     ) -> None:
         self._session, self._request, self._claim, self._outcomes, self._pacer = session, request, claim, outcomes, pacer
-        self._refuse, self._now, self._restricted_until = refuse, now, restricted_until
+        self._refuses, self._now, self._restricted_until = refuses, now, restricted_until
         self._queue: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._ending = asyncio.Event()
@@ -273,7 +273,7 @@ class SendLane:
             self._queue.popleft()
             return None
         if (wait_s := self._pacer.wait_s()) > 0:
-            if self._refuse and not await self._outcomes.starts(task):
+            if self._refuses() and not await self._outcomes.starts(task):
                 raise self._over_limit(wait_s)
             await self._pause(wait_s, *self._deadlines())
             return None

@@ -137,7 +137,12 @@ class _Idle:
     """Nothing came or went for so long that the session may rest."""
 
 
-_Item = Task | _Happened | _Due | _Halt | _Idle
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The registry knows that the session is logged out."""
+
+
+_Item = Task | _Happened | _Due | _Halt | _Idle | _Recorded
 
 _ENDS = frozenset(
     {
@@ -322,6 +327,8 @@ class Session:
                 await self._timer_up()
             case _Idle():
                 await self._rest()
+            case _Recorded():
+                self._remove()
             case _Halt():
                 await self._halt()
             case _Happened(trigger, None, cause, data):
@@ -337,7 +344,8 @@ class Session:
             self._deps.outcomes.fail(
                 item, CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
             )
-            if not self._in_step:
+            half_way = self._in_step or (self.state in CONNECTED and self._lane is None)
+            if not half_way:
                 return
         if self.state is State.STOPPING:
             self._close_beside(then=Trigger.CLOSED)
@@ -360,6 +368,7 @@ class Session:
                 return
             if task.command.expired(self._deps.now()):
                 raise expired_error()
+            self._refuse_if_removed()
             await self._deps.outcomes.begin(task)
             match task.command.name:
                 case "create":
@@ -381,6 +390,10 @@ class Session:
             self._deps.outcomes.fail(task, e)
         except StateError as e:
             self._deps.outcomes.fail(task, CommandError("internal", e.message, hint=e.hint, final=False))
+
+    def _refuse_if_removed(self) -> None:
+        if self._record.desired is Desired.REMOVING:
+            raise CommandError("session_not_found", "The session is being removed.", hint="Publish `create` again.", final=False)
 
     async def _create(self, task: Task) -> None:
         args = task.command.args
@@ -443,12 +456,17 @@ class Session:
         before = self.state
         # Who hears that it is logged out may create it again at once: that `create` must not land in queues about to be deleted.
         await self._claim.unbind()
-        self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="")
+        self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="", until="")
+        self._until = None
         self._cancel_timer()
         self._enter(State.STOPPED, _LOGGED_OUT_BY_COMMAND)
         self._deps.delivery.submit(self.id, "logout", self._told(State.STOPPED, before.value))
         ticket = self._deps.outcomes.finish(task, Outcome("logout", task.command.id), also=(PutSession(self._record),))
-        await asyncio.shield(ticket.stored)
+        # Not awaited: while the disk is full, the actor still has to answer others, and to stop.
+        ticket.stored.add_done_callback(lambda _: self._post(_Recorded()))
+
+    def _remove(self) -> None:
+        """It is on disk that the session is to go."""
         waiting, self._stopping = self._stopping, []
         for earlier in waiting:
             self._disconnected(earlier)
@@ -1083,7 +1101,7 @@ class Session:
             self._claim,
             self._deps.outcomes,
             self._pacer,
-            refuse=self._deps.options.pacing.on_limit == "refuse",
+            refuses=lambda: self._deps.options.pacing.on_limit == "refuse",
             now=self._deps.now,
             restricted_until=lambda: self._locked_until,
         )
