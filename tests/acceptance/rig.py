@@ -95,10 +95,15 @@ class Rig:
         self._settings = settings
         self.got = Subscriber()
         self._numbers: dict[str, str] = {}
+        self._lent: Simulator | None = None
+
+    def lend(self, sim: Simulator) -> None:
+        """Use somebody else's simulator instead of one of its own."""
+        self._lent = sim
 
     async def __aenter__(self) -> Self:
         self._stack = contextlib.AsyncExitStack()
-        self.sim = await self._stack.enter_async_context(
+        self.sim = self._lent or await self._stack.enter_async_context(
             Simulator(find_engine_binary(None, "warren-sim"), log=self.base / "sim.log")
         )
         self.client = await self._stack.enter_async_context(Client(self.url, self.prefix))
