@@ -14,7 +14,7 @@ import pytest
 from warren.core import events
 from warren.core.envelope import COMMANDS, EPHEMERAL, MAX_BODY_BYTES, MAX_TEXT_CHARS, Origin, Outcome, decode_command
 from warren.core.frames import EngineEvent
-from warren.core.machine import TABLE, State
+from warren.core.machine import CAUSES, TABLE, State
 from warren.core.names import SESSION_ID, Topology
 
 DOC = (Path(__file__).parents[2] / "docs" / "message-api.md").read_text()
@@ -100,18 +100,26 @@ def test_every_state_is_named() -> None:
 
 def test_the_status_example_and_its_table_agree() -> None:
     example = next(e for e in EXAMPLES if "desired" in e)
-    told = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in rows(section("Status")))))
+    told = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in rows(section("Status").split("\n### ")[0]))))
     assert set(example) - {"session", "epoch", "last_message_at"} == told
 
 
 def test_every_error_code_in_the_source_is_in_the_table() -> None:
     documented = names(section("Errors"), 4)
-    source = "\n".join(path.read_text() for path in (Path(events.__file__).parents[1]).rglob("*.py") if not path.name.startswith("cli"))
+    package = Path(events.__file__).parents[1]
+    source = "\n".join(p.read_text() for p in package.rglob("*.py") if not p.name.startswith(("cli", "http")))
     raised = set(re.findall(r"\b(?:CommandError|SendFailure|unreadable)\(\s*\"([a-z_]+)\"", source))
     assert {"id_conflict", "expired", "restricted", "too_large"} <= raised
     assert raised <= documented
     kinds = {row[1] for row in rows(section("Errors"))}
     assert kinds == {"refused", "final", "retry"}
+
+
+def test_every_state_that_needs_somebody_has_a_row() -> None:
+    """With a code that explains it."""
+    told = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows(section("States"))}
+    assert set(told) == {"time_locked", "blocked", "outdated", "replaced", "logged_out", "quarantined"}
+    assert set().union(*told.values()) <= set(CAUSES)
 
 
 def test_what_is_final_is_said_of_failed_sends() -> None:
