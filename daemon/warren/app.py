@@ -238,6 +238,8 @@ class Daemon:
         self.settings = told.settings
         if (fleet := self._parts.fleet) is not None:
             fleet.use(self._session_deps(lambda _: None).options)
+        if (backups := self._parts.backups) is not None:
+            backups.use(self._backup_options())
         what = "; ".join(told.taken) or "nothing has changed that can change while it runs"
         # Warnings, so that they are seen at any usual level: somebody has asked, and waits for the answer.
         logger.bind(action="reloaded").warning("The configuration was read again: {}.", what)
@@ -309,6 +311,18 @@ class Daemon:
             logger.bind(action="storage_default").warning("{}", warning)
         return vault
 
+    def _backup_options(self) -> BackupOptions:
+        s = self.settings.storage
+        return BackupOptions(
+            instance=self.settings.instance,
+            source=Topology(self.settings.amqp.prefix).source,
+            interval_s=s.interval_s,
+            concurrency=s.concurrency,
+            alarm_after=s.alarm_after,
+            keep_last=s.keep_last,
+            keep_days=s.keep_days,
+        )
+
     def _make_backups(self, vault: Vault | None, topology: Topology) -> None:
         s, p = self.settings.storage, self._parts
         assert p.store is not None
@@ -321,15 +335,7 @@ class Daemon:
             p.state_dir,
             p.engines,
             delivery=p.delivery,
-            options=BackupOptions(
-                instance=self.settings.instance,
-                source=topology.source,
-                interval_s=s.interval_s,
-                concurrency=s.concurrency,
-                alarm_after=s.alarm_after,
-                keep_last=s.keep_last,
-                keep_days=s.keep_days,
-            ),
+            options=self._backup_options(),
             now=_now,
             random01=random.random,
             metrics=p.metrics,

@@ -23,6 +23,15 @@ from tests.acceptance.rig import DEADLINE_S, until
 UNIT = Path(__file__).parents[2] / "systemd" / "warren.service"
 ABORT_S = 10.0
 """How long a service may take to die of the watchdog's SIGABRT (TimeoutAbortSec=)."""
+# Only a process that has forked knows its pid. UMask=, and MemoryDenyWriteExecute= where the kernel can (6.3), as in the unit.
+_BECOME = """
+import ctypes, os, sys
+PR_SET_NO_NEW_PRIVS, PR_SET_MDWE = 38, 65
+ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+ctypes.CDLL(None).prctl(PR_SET_MDWE, 1, 0, 0, 0)
+os.umask(0o077)
+os.execve(sys.argv[1], sys.argv[1:], {**os.environ, "WATCHDOG_PID": str(os.getpid())})
+"""
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -102,11 +111,10 @@ class ServiceManager:
         }
         self.words.clear()
         with self.log.open("ab") as log:
-            # Only a process that has forked knows its pid; the shell becomes the daemon.
             self._process = await asyncio.create_subprocess_exec(
-                "/bin/sh",
+                sys.executable,
                 "-c",
-                'WATCHDOG_PID=$$ exec "$0" "$@"',
+                _BECOME,
                 sys.executable,
                 "-m",
                 "warren.app",

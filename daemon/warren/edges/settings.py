@@ -391,7 +391,12 @@ class Described:
     source: str
 
 
-RELOADABLE = frozenset({"log", "reconnect", "pacing", "shutdown", "whatsapp.device_name"})
+RELOADABLE = frozenset(
+    {
+        *("log", "reconnect", "pacing", "shutdown", "whatsapp.device_name"),
+        *("storage.interval_s", "storage.alarm_after", "storage.keep_last", "storage.keep_days"),
+    }
+)
 """Sections, and settings of sections, that a SIGHUP changes. All others are built into what runs: connections, engines, queues.
 A section with rules between its settings is in whole or not at all."""
 

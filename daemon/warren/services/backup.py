@@ -119,6 +119,10 @@ class Backups:
     def on(self) -> bool:
         return self._vault is not None
 
+    def use(self, options: BackupOptions) -> None:
+        """From now on; waits that have begun go on as they are, and so does `concurrency`."""
+        self._options = options
+
     # --- a session's place here
 
     def begin(self, owner: Backed) -> None:
