@@ -19,6 +19,8 @@ class Ledger:
         """Deliveries of an event id that was delivered before. Allowed."""
         self.types: Counter[str] = Counter()
         """Distinct events by name."""
+        self.ends: Counter[str] = Counter()
+        """Why connections to WhatsApp ended, by code."""
         self.messages: dict[str, dict[int, str]] = defaultdict(dict)
         """session -> number -> event id."""
         self.outcomes: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -52,6 +54,8 @@ class Ledger:
             self._message(event)
         elif name in {"command_completed", "command_failed"}:
             self._outcome(name, event)
+        elif name == "disconnected":
+            self.ends[event["data"]["code"]] += 1
 
     def _count(self, event: dict[str, Any]) -> None:
         """Numbers rise by one within (session, epoch). What is delivered again has its number again."""

@@ -64,6 +64,27 @@ async def test_disk_that_takes_nothing(
         recovered = row("seconds until all sessions passed on messages both ways", round(took, 1))
         report(f"disk {words} for a while, {SESSIONS} sessions", [*counts.lines(world.ledger), recovered])
         assert counts.offenders() == {}, f"see {world.warrend.log}"
+        # Told as what it is, and not as damaged state.
+        assert set(world.ledger.ends) <= {"disk_trouble", "restart_required"}, world.ledger.ends
+        assert world.ledger.ends["disk_trouble"] > 0
+    assert damaged(tmp_path / "state") == []
+
+
+@pytest.mark.timeout(300)
+async def test_start_on_a_readonly_disk(tmp_path: Path, own_broker: Broker) -> None:
+    """The daemon says what is wrong and ends, for whoever started it to see; then all is as it was."""
+    disk = Disk(tmp_path, tmp_path / "state")
+    async with World(tmp_path, own_broker, "disk-start", sessions=2, **disk.environment) as world:
+        assert await world.warrend.stop() == 0
+        logged = world.warrend.log.stat().st_size
+        disk.make_readonly()
+        await world.warrend.start()
+        await until(lambda: not world.warrend.running, "the daemon to give up")
+        assert b"read-only" in world.logged(logged).lower()
+        disk.heal()
+        await world.warrend.start()
+        await until(world.all_online, "every session to be online")
+        assert world.ledger.types["qr"] == world.qrs
     assert damaged(tmp_path / "state") == []
 
 
