@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic import BaseModel
 from tests.acceptance.rig import until
 from tests.acceptance.service_manager import UNIT, ServiceManager, systemd_analyze, unit_settings
 from tests.conftest import Broker
@@ -18,11 +19,12 @@ from tests.proxy import Proxy
 
 from warren.app import Daemon
 from warren.client import Client
-from warren.edges.settings import Settings, _names, find_engine_binary
+from warren.edges.settings import Settings, find_engine_binary
 from warren.simulator import Simulator
 
 prefixes = itertools.count(1)
 MOST_EXPOSED = 1.5
+OPERATIONS = UNIT.parents[1] / "docs" / "operations.md"
 
 
 # --- the unit file ----------------------------------------------------------------------------------------------------
@@ -74,8 +76,17 @@ def test_systemd_waits_longer_than_a_stop_takes() -> None:
 
 
 def test_credentials_are_named_like_settings() -> None:
-    names = [value.partition(":")[0] for value in unit_settings()["LoadCredential"]]
-    assert {"amqp.url", "storage.key"} <= set(names) <= set(_names())
+    secret = {
+        f"{section}.{name}"
+        for section, of in Settings.model_fields.items()
+        if isinstance(of.annotation, type) and issubclass(of.annotation, BaseModel)
+        for name, setting in of.annotation.model_fields.items()
+        if "SecretStr" in str(setting.annotation)
+    }
+    credentials = dict(value.split(":") for value in unit_settings()["LoadCredential"])
+    assert set(credentials) == secret - {"whatsapp.root_key"}, "of all secrets but the simulator's"
+    assert all(source == f"warren.{name}" for name, source in credentials.items())
+    assert all(f"`{source}`" in OPERATIONS.read_text() for source in credentials.values())
 
 
 # --- warrend under it -------------------------------------------------------------------------------------------------
