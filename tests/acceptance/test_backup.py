@@ -298,3 +298,56 @@ async def test_restore_on_command(tmp_path: Path, broker: Broker, prefix: str) -
         assert unlinked.error is not None
         assert unlinked.error["code"] == "not_now"
     await bucket.verify()
+
+
+@pytest.mark.timeout(240)
+async def test_a_state_fifty_messages_old_heals_both_ways(tmp_path: Path, broker: Broker, prefix: str) -> None:
+    """What comes back is older than what the phones have seen. Everything said afterwards arrives, once; what did not decrypt at
+    first is counted.
+    """
+    bucket = Bucket(tmp_path)
+    async with Rig(tmp_path, broker.url, prefix, **bucket.environment(interval_s="0")) as rig:
+        await rig.sim.add_phone(PEER, "Peer")
+        await rig.pair("acme", "15556070001")
+        number = rig.number("acme")
+        await talks(rig, "acme", "first")
+        group = await rig.sim.create_group(PEER, [PEER, number], "Team")
+        await rig.sim.send(PEER, group, "group first")
+        await rig.got.event("message", "acme", lambda d: d["text"] == "group first")
+        old = (await rig.call("backup", "acme")).result["position"]
+        for n in range(5):
+            await rig.publish_sends("acme", PEER, 5, start=5 * n + 1)
+            await rig.sim.send(PEER, number, f"round {n} in", count=5)
+            await until(lambda n=n: len(texts_in(rig, f"round {n} in")) == 5, "a round's messages")
+        await rig.sim.send(PEER, group, "group later", count=5)
+        await until(lambda: len(texts_in(rig, "group later")) == 5, "the group's messages")
+        await until(lambda: len(rig.got.of("command_completed", "acme")) >= 25, "all sends")
+        await backed_up(rig, "acme")
+
+        undecryptable = (await rig.sim.received(PEER))["undecryptable"]
+        after = len(rig.got.events)
+        restored = await rig.call("restore", "acme", {"at": old})
+        assert restored.ok, restored
+        await rig.got.event("connected", "acme", after=after)
+        await rig.sim.send(PEER, number, "healed in", count=10)
+        await rig.sim.send(PEER, group, "group healed", count=5)
+        await rig.publish_sends("acme", PEER, 10, start=101)
+        await until(lambda: len(texts_in(rig, "healed in")) == 10, "what was said after the restore", 90)
+        await until(lambda: len(texts_in(rig, "group healed")) == 5, "what was said in the group after the restore", 90)
+
+        async def all_out() -> bool:
+            shown = [m["text"] for m in (await rig.sim.received(PEER))["shown"]]
+            return all(shown.count(f"out {n}") == 1 for n in range(101, 111))
+
+        await until(all_out, "what was sent after the restore", 90)
+        here = [e for e in rig.got.events[after:] if e["type"] == "warren.error" and e["data"]["code"] == "undecryptable"]
+        there = (await rig.sim.received(PEER))["undecryptable"] - undecryptable
+        ids = [e["id"] for e in rig.got.of("message", "acme")]
+        assert len(ids) == len(set(ids))
+        assert there == 0, "a restored state begins new Signal sessions before it sends"
+        assert rig.got.sequence_faults == []
+        print(f"state 50 messages old: of 15 in, {len(here)} came undecryptable first and again; of 10 out, {there}")
+
+
+def texts_in(rig: Rig, prefix: str) -> set[str]:
+    return {e["data"]["text"] for e in rig.got.of("message", "acme") if str(e["data"]["text"]).startswith(prefix)}

@@ -75,7 +75,7 @@ async def test_repeated_commands_of_a_session_that_is_gone(tmp_path: Path, broke
 
 
 async def test_lost_state_is_never_replaced_and_can_be_given_up(tmp_path: Path, broker: Broker, prefix: str) -> None:
-    async with Rig(tmp_path, broker.url, prefix) as rig:
+    async with Rig(tmp_path, broker.url, prefix, WARREN_STORAGE__MODE="local") as rig:
         await rig.pair("acme", "15550600002")
         await rig.warrend.stop()
         shutil.rmtree(rig.warrend.state / "sessions" / "acme")
