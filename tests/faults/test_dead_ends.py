@@ -25,24 +25,23 @@ STORM_S = 60.0
 async def test_frozen_connections_are_found(tmp_path: Path, broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     """Ten connections freeze; each is found, told of and replaced, and what was written meanwhile arrives."""
     frozen, healthy = [f"f{n}" for n in range(10)], "fine"
-    async with Rig(tmp_path, broker.url, "frozen", WARREN_RECONNECT__BASE_S="0.5") as rig:
+    async with Rig(tmp_path, broker.url, "frozen", WARREN_RECONNECT__BASE_S="0.5", WARREN_RECONNECT__CAP_S="5") as rig:
         await rig.sim.add_phone(PEER, "Peer")
         await asyncio.gather(*(rig.pair(s, f"1555030{n:04}") for n, s in enumerate([*frozen, healthy])))
-        faults = [await rig.sim.add_fault("freeze", rig.number(s)) for s in frozen]
+        faults = {s: await rig.sim.add_fault("freeze", rig.number(s)) for s in frozen}
         began = time.monotonic()
         for s in frozen:
             await rig.sim.send(PEER, rig.number(s), f"while {s} is frozen")
         found: dict[str, float] = {}
 
-        def all_found() -> bool:
+        async def all_found() -> bool:
             for s in frozen:
                 if s not in found and rig.got.of("health_check_failed", s):
                     found[s] = time.monotonic() - began
+                    await rig.sim.lift_fault(faults[s])
             return len(found) == len(frozen)
 
         await until(all_found, "every frozen connection to be found", 2 * FOUND_S)
-        for fault in faults:
-            await rig.sim.lift_fault(fault)
         for s in frozen:
             await until(lambda s=s: len(rig.got.of("connected", s)) == 2, f"{s} to be online again", 120)  # type: ignore[misc]
             arrived = await rig.got.event("message", s)
