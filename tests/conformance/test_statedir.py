@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -372,3 +373,26 @@ async def test_a_cancelled_prepare_does_not_overtake_a_later_one(state: StateDir
         await asyncio.wait([cancelled])
         await state.prepare("acme", 100 + epoch)
         assert await state.current_epoch("acme") == 100 + epoch
+
+
+def test_a_full_disk_does_not_keep_the_directory_from_being_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    state = StateDirectory(tmp_path)
+    state.lock()
+    with pytest.raises(OwnershipError, match="another process"):
+        StateDirectory(tmp_path).lock()
+    state.unlock()
+
+
+async def test_what_the_directories_tell_of_sessions(state: StateDirectory) -> None:
+    assert await state.sessions() == []
+    await state.prepare("b", 1)
+    await state.prepare("a", 3)
+    write(session_dir(state, "a") / "3" / "state.db", "x" * 10)
+    write(session_dir(state, ".removed-c") / "current", "1")
+    write(state.path / "sessions" / "file")
+    assert await state.sessions() == ["a", "b"]
+    assert (await state.state_size("a", 3), await state.state_size("a", 2), await state.state_size("b", 1)) == (10, 0, 0)

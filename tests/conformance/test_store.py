@@ -598,6 +598,22 @@ async def test_a_full_file_system_fails_writes_until_there_is_room(small_disk: P
     await store.close()
 
 
+async def test_a_store_opens_on_a_full_disk_though_there_is_something_to_tidy(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await SqliteStore.open(path, clock=clock)
+    await store.write(PutSession(SessionRecord("acme", 1, Desired.RUNNING)))
+    await store.close()
+
+    def full(_: SqliteStore) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(SqliteStore, "_prune_all", full)
+    store = await SqliteStore.open(path, clock=clock)
+    assert [record.session for record in await store.sessions()] == ["acme"]
+    await store.close()
+
+
 async def test_a_full_database_fails_writes_until_there_is_room(store: SqliteStore) -> None:
     async def limit(pages: int) -> None:
         await store._submit(lambda: store._db.execute(f"PRAGMA max_page_count={pages}").fetchall())
@@ -654,7 +670,7 @@ async def test_a_newer_schema_is_refused(path: Path) -> None:
 
 
 async def test_a_missing_directory_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="cannot be created"):
+    with pytest.raises(StateError, match="cannot be used"):
         await SqliteStore.open(tmp_path / "nowhere" / "warren.db")
 
 

@@ -274,3 +274,14 @@ async def test_an_unreadable_node_json_is_never_replaced(base: Path, content: by
     with pytest.raises(StateError, match="is missing") as raised:
         await BrokerNode(base).start()
     assert str(base) in raised.value.hint
+
+
+async def test_a_disk_that_takes_no_writes_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("warren.edges.broker_node._write", full)
+    with pytest.raises(StateError, match="No space left") as caught:
+        await BrokerNode(tmp_path / "rabbitmq").start()
+    assert caught.value.retryable
+    assert "free space" in caught.value.hint

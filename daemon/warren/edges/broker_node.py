@@ -138,9 +138,19 @@ class BrokerNode:
         """Adopt the node that runs already, or else start one; returns when it answers AMQP.
 
         A node that runs but does not answer is killed and started again on the same data. Raises `BrokerUnavailable`
-        (not installed, ended while booting, too slow) and `StateError` (`node.json` unreadable). When cancelled or
+        (not installed, ended while booting, too slow) and `StateError` (`node.json` unreadable, no disk). When cancelled or
         failing, everything that this call started is gone before it returns; a node that ran before is left alone.
         """
+        try:
+            return await self._start()
+        except OSError as error:
+            raise StateError(
+                f"The private RabbitMQ cannot be started in {self._base}: {error.strerror or error}.",
+                hint="Check the free space, owner and mode of that directory.",
+                retryable=True,
+            ) from error
+
+    async def _start(self) -> NodeInfo:
         self._info = self._broker = None
         node = self._node = await _in_thread(self._load)
         if node.broker in await asyncio.to_thread(_marked, node.name):
@@ -160,7 +170,7 @@ class BrokerNode:
         """Stop the node cleanly; nothing of it is left afterwards. Harmless when it does not run.
 
         SIGTERM first; what has not ended after `timeout_s` is killed, as it is at once if this call is cancelled.
-        Killing costs no confirmed message, except in a quorum queue declared within the last half second (docs/adr/0002).
+        Killing costs no confirmed message, except in a quorum queue declared within the last second (docs/adr/0003).
         """
         node = self._node
         if node is None:
@@ -329,9 +339,14 @@ raft.wal_max_size_bytes = 33554432
         return False
 
     async def _ready(self, node: _Node, pid: int, *, adopted: bool) -> NodeInfo:
-        await _in_thread(_write, self._url_file, node.url.encode())
+        await _in_thread(self._publish, node.url.encode())
         self._info = NodeInfo(url=node.url, pid=pid, adopted=adopted)
         return self._info
+
+    def _publish(self, url: bytes) -> None:
+        # Nothing is written for a node that is adopted, which works on a full disk, too.
+        if not self._url_file.exists() or self._url_file.read_bytes() != url:
+            _write(self._url_file, url)
 
     async def _failed(self, broker: Process, console: Path) -> BrokerUnavailable:
         words = _last_words(await asyncio.to_thread(console.read_text, errors="replace"))
@@ -350,7 +365,10 @@ raft.wal_max_size_bytes = 33554432
         await self._kill_all(node)
         node.broker = None
         self._broker = None
-        await _in_thread(self._forget, node)
+        try:
+            await _in_thread(self._forget, node)
+        except OSError as error:  # a full disk; the next start sees by itself that nothing runs
+            self._log.warning("The end of RabbitMQ is not noted in {}: {}", self._base, error, action="broker_not_noted")
 
     def _forget(self, node: _Node) -> None:
         self._url_file.unlink(missing_ok=True)

@@ -221,7 +221,8 @@ class StateDirectory:
             ) from None
         except OSError as e:
             raise _unusable(self.path, e) from e
-        with _explained(self.path):
+        # Only for whoever finds it locked; on a full disk there may be no room for it.
+        with suppress(OSError):
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 

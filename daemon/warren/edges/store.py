@@ -475,12 +475,13 @@ class SqliteStore:
             self._db.execute("BEGIN EXCLUSIVE")
             self._read_ahead()
             self._check()
-            self._prune_all()
             self._db.execute("COMMIT")
         except BaseException:
             self._roll_back()
             self._close_files()
             raise
+        with contextlib.suppress(sqlite3.Error):  # a full disk: what is old can wait
+            self._prune_all()
         self._outbox_bytes = self._number("SELECT coalesce(sum(length(body)), 0) FROM outbox")
 
     def _configure(self) -> None:
@@ -599,7 +600,9 @@ def _damaged(path: Path, what: str) -> StateError:
 def explain(error: sqlite3.Error | OSError, path: Path) -> WarrenError:
     """The same in words: what is wrong with the database, and what to do."""
     if isinstance(error, OSError):
-        return StateError(f"{path} cannot be created: {error.strerror}.", hint="Check `state_dir` and its owner.")
+        return StateError(
+            f"{path} cannot be used: {error.strerror}.", hint="Check `state_dir`, its free space and its owner.", retryable=True
+        )
     # The low byte is the primary code; the rest refines it.
     match getattr(error, "sqlite_errorcode", 0) & 0xFF:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
