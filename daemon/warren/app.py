@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from loguru import logger
 
@@ -26,6 +26,7 @@ from warren.core.names import Topology
 from warren.edges.amqp import AmqpBus, BusOptions
 from warren.edges.broker_node import BrokerNode
 from warren.edges.engine_pipe import start_engine
+from warren.edges.leaving import leave
 from warren.edges.logs import configure_logging
 from warren.edges.objects import open_store
 from warren.edges.sdnotify import Condition, ServiceManager, status_line
@@ -153,7 +154,7 @@ class Daemon:
         p.outcomes = Outcomes(p.bus, p.store, p.delivery, topology, ended=self._ended)
         self._make_backups(vault, topology)
         # 8. The sessions and the way in to them; only then the bus, so that every command finds its session.
-        p.fleet = Fleet(p.bus, p.store, self._session_deps, FleetOptions(s.fleet.max_sessions))
+        p.fleet = Fleet(p.bus, p.store, self._session_deps, FleetOptions(s.fleet.max_sessions, s.storage.forget_after_days))
         p.gateway = Gateway(p.bus, p.fleet, p.outcomes, topology, s.instance, now=_now)
         # A port that is taken is noticed before any session connects.
         p.health = self._make_health()
@@ -604,5 +605,10 @@ def main(argv: list[str] | None = None) -> int:
     return asyncio.run(serve(settings, load))
 
 
+def program() -> NoReturn:
+    """What `warrend` runs."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

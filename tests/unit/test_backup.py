@@ -621,6 +621,23 @@ async def test_a_logout_shreds_and_deletes(machines: Any, objects: MemoryObjects
     assert await a.store.backup("acme") is None
 
 
+async def test_how_long_nobody_has_used_a_session_is_kept_over_restarts(machines: Any) -> None:
+    a = await machines()
+    owner = await a.create("acme", "one")
+    assert await a.backups.unused_s("acme", unused=True) == 0.0, "never backed up, so nothing to remove"
+    await a.back_up("acme", "one")
+    assert await a.backups.unused_s("acme", unused=True) == 0.0
+    await a.store.write(PutBackup(replace(await a.store.backup("acme"), idle_since=1_000.0)))
+    await a.again()
+    assert await a.backups.unused_s("acme", unused=True) > 30 * 86_400
+    assert await a.check("acme") is None
+    assert await a.back_up("acme", "two") == "1/2"
+    assert await a.backups.unused_s("acme", unused=True) > 30 * 86_400, "a backup is no use"
+    assert await a.backups.unused_s("acme", unused=False) == 0.0
+    assert await a.backups.unused_s("acme", unused=True) < 60
+    assert owner.id == "acme"
+
+
 async def test_old_backups_go(machines: Any, objects: MemoryObjects) -> None:
     a = await machines(keep_last=2, keep_days=0)
     await a.create("acme", "one")

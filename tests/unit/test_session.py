@@ -218,6 +218,23 @@ async def test_a_device_row_that_is_gone_means_logged_out_and_no_new_qr() -> Non
         assert engines.opened.qsize() == 1
 
 
+async def test_an_unused_session_is_forgotten_and_tells_before() -> None:
+    async with running() as (session, engines, store):
+        await opening(engines)
+        session.forget()
+        engines.says("qr", code="2@x", ttl_ms=1000, remaining=0)
+        await reached(session, State.PAIRING)  # it is in use, so nothing happened
+        engines.says("disconnected", reason="qr_expired", message="")
+        await reached(session, State.STOPPED)
+        assert session.unused
+        session.forget()
+        async with asyncio.timeout(2):
+            while store.records["acme"].desired is not Desired.REMOVING:
+                await asyncio.sleep(0.005)
+        assert store.log.count("logout") == 1
+        assert session.status()["code"] == "forgotten"
+
+
 async def test_words_of_an_old_generation_change_nothing() -> None:
     async with running(paired=True) as (session, engines, _):
         await opening(engines)

@@ -168,6 +168,21 @@ class Backups:
             await self._vault.forget(session)
         await self._store.write(RemoveBackup(session))
 
+    async def unused_s(self, session: str, *, unused: bool) -> float:
+        """Note whether anybody uses the session; for how many seconds nobody has. 0 as long as it was never backed up."""
+        job = self._jobs.get(session)
+        if job is None:
+            return 0.0
+        async with job.lock:
+            row, now = await self._store.backup(session), self._now().timestamp()
+            if row is None:
+                return 0.0
+            since = (row.idle_since or now) if unused else 0.0
+            if since != row.idle_since:
+                await self._store.write(PutBackup(replace(row, idle_since=since)))
+                job.row = replace(job.row, idle_since=since) if job.row is not None else None
+            return now - since if unused else 0.0
+
     # --- triggers
 
     def changed(self, session: str, *, at_once: bool = False) -> None:

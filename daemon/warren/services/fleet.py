@@ -13,16 +13,20 @@ from loguru import logger
 
 from warren.core.backoff import delay
 from warren.core.backup_names import MAX_NUMBER
+from warren.core.backup_plan import DAY_S
 from warren.errors import BrokerUnavailable, CommandError, OwnershipError, StateError, StorageError, WarrenError
 from warren.ports import Bus, Claim, Desired, OnMessage, PutSession, SessionRecord, Store
 from warren.services.session import Deps, Session, SessionOptions
 
 CLAIM_TIMEOUT_S = 30.0
+HOUSEKEEPING_S = 3_600.0
 
 
 @dataclass(frozen=True, slots=True)
 class FleetOptions:
     max_sessions: int = 1_000
+    forget_after_days: int = 0
+    """After how many days a session that nobody uses is removed; 0: never."""
 
 
 class Fleet:
@@ -39,6 +43,7 @@ class Fleet:
         self._resuming: set[asyncio.Task[None]] = set()
         self._removals: dict[str, asyncio.Task[None]] = {}
         self._adopting: asyncio.Task[None] | None = None
+        self._keeping_house: asyncio.Task[None] | None = None
         self._on_control: OnMessage
         self._on_work: OnMessage
 
@@ -58,6 +63,7 @@ class Fleet:
         logger.bind(action="fleet_started", sessions=len(self._sessions)).info("Taking up {} sessions.", len(self._sessions))
         if self._deps.backups.on:
             self._adopting = asyncio.create_task(self._adopt_all(), name="fleet.adopting")
+            self._keeping_house = asyncio.create_task(self._keep_house(), name="fleet.housekeeping")
 
     def use(self, options: SessionOptions) -> None:
         """From now on, for all sessions; a wait that has begun goes on as it is."""
@@ -187,6 +193,27 @@ class Fleet:
         logger.bind(action="adopted", session=session).info("Session {} is taken up from the store.", session)
         self._add(record, claim).resume()
 
+    # --- housekeeping
+
+    async def _keep_house(self) -> None:
+        """Remove what nobody has used for too long. Looked at every hour, so that a session's first use resets the count."""
+        while self._options.forget_after_days:
+            for session in list(self._sessions.values()):
+                try:
+                    await self.forget_if_unused(session)
+                except WarrenError as e:
+                    logger.bind(action="housekeeping_failed", session=session.id).warning("{}", e)
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    async def forget_if_unused(self, session: Session) -> None:
+        """Tell, and remove it, if nobody has used it for `forget_after_days`. Raises StateError."""
+        unused_s = await self._deps.backups.unused_s(session.id, unused=session.unused)
+        if unused_s >= self._options.forget_after_days * DAY_S:
+            logger.bind(action="forgotten", session=session.id).warning(
+                "Nobody has used session {} for {:.0f} days: it and its backups are removed.", session.id, unused_s / DAY_S
+            )
+            session.forget()
+
     # --- the end of a session
 
     def _on_removed(self, session: Session) -> None:
@@ -235,7 +262,7 @@ class Fleet:
     async def stop(self) -> None:
         """End the actors."""
         tasks = [*self._resuming, *self._actors.values(), *self._removals.values()]
-        tasks += [self._adopting] if self._adopting is not None else []
+        tasks += [task for task in (self._adopting, self._keeping_house) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -133,6 +133,11 @@ class _Halt:
 
 
 @dataclass(frozen=True, slots=True)
+class _Forget:
+    """Nobody has used the session for too long."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Idle:
     """Nothing came or went for so long that the session may rest."""
 
@@ -142,7 +147,7 @@ class _Recorded:
     """The registry knows that the session is logged out."""
 
 
-_Item = Task | _Happened | _Due | _Halt | _Idle | _Recorded
+_Item = Task | _Happened | _Due | _Halt | _Forget | _Idle | _Recorded
 
 _ENDS = frozenset(
     {
@@ -260,6 +265,16 @@ class Session:
         self._post(_Happened(Trigger.SUPERSEDED, None, CAUSES["superseded"]))
 
     @property
+    def unused(self) -> bool:
+        """Whether nobody has it: unlinked, or disconnected by command."""
+        stopped = self._record.desired is Desired.STOPPED and self.state is State.STOPPED
+        return stopped or self.state is State.LOGGED_OUT
+
+    def forget(self) -> None:
+        """Remove it with everything it has, if it is still unused then."""
+        self._post(_Forget())
+
+    @property
     def record(self) -> SessionRecord:
         return self._record
 
@@ -331,6 +346,8 @@ class Session:
                 self._remove()
             case _Halt():
                 await self._halt()
+            case _Forget():
+                await self._forget()
             case _Happened(trigger, None, cause, data):
                 await self._apply(trigger, cause, data or {})
             case _Happened(trigger, generation, cause, data) if generation == self._generation != self._over:
@@ -490,6 +507,20 @@ class Session:
         self._deps.engines.forget(self.id, self._generation)
 
     # --- backups
+
+    async def _forget(self) -> None:
+        if not self.unused or self._halted is not None:
+            return
+        before = self.state
+        await self._claim.unbind()
+        self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="")
+        self._cancel_timer()
+        self._enter(State.STOPPED, _FORGOTTEN)
+        told = self._told(State.STOPPED, before.value)
+        ticket = self._deps.delivery.submit(self.id, "logout", told, also=(PutSession(self._record),))
+        await asyncio.shield(ticket.stored)
+        self._removed = True
+        self._deps.on_removed(self)
 
     async def _look_back(self) -> None:
         """A session that has no phone here may have had one elsewhere: nothing of it is told or done before that is known."""
@@ -1135,6 +1166,12 @@ _IDLE = Cause(
     "idle_timeout",
     "No message came or went for as long as `[fleet] idle_timeout_s` says.",
     "Publish `create` to connect again; no QR is needed.",
+)
+_FORGOTTEN = Cause(
+    Trigger.LOGGED_OUT,
+    "forgotten",
+    "Nobody has used the session for as long as `[storage] forget_after_days` says: it and its backups are removed.",
+    "`create` begins a new one. The device may still be listed on the phone: unlink it there.",
 )
 _LOGGED_OUT_BY_COMMAND = Cause(
     Trigger.LOGGED_OUT, "logged_out", "`logout` was asked for: the device is unlinked and the session removed."
