@@ -3,7 +3,7 @@
 // What a state is called, which of the four groups it belongs to, and whether it can be connected from there.
 const STATES = {
   online: ["Online", "good"],
-  time_locked: ["Online, limited", "busy"],
+  time_locked: ["Online, limited", "good"],
   restoring: ["Restoring", "busy"],
   connecting: ["Connecting", "busy"],
   pairing: ["Waiting for a phone", "busy"],
@@ -216,7 +216,7 @@ function drawRow(session) {
   const [name, kind] = stateOf(session);
   const number = session.jid ? `+${session.jid.split(/[:@]/)[0]}` : null;
   const who = [session.push_name, number].filter(Boolean).join(" · ");
-  const why = kind === "good" ? "" : sentence({ message: session.message, hint: session.hint });
+  const why = session.state === "online" ? "" : sentence({ message: session.message, hint: session.hint });
   const until = session.until ? ` Until ${new Date(session.until).toLocaleString()}.` : "";
   return el(
     "li",
