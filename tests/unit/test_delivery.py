@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
+from loguru import logger
 from tests.fakes import MemoryBus, MemoryStore
 
 from warren.core.names import Topology
@@ -262,3 +263,41 @@ async def test_a_bug_of_the_store_or_the_bus_silences_nobody(bus: MemoryBus, sto
         tickets = [delivery.submit("a", "message", {"n": n}, event_id=f"a/{n}") for n in range(3)]
         await asyncio.wait_for(asyncio.gather(*(t.confirmed for t in tickets)), 5)
     assert [i for i, _ in bus.published][-3:] == ["a/0", "a/1", "a/2"]
+
+
+async def test_what_comes_again_while_nothing_can_be_stored_does_not_pile_up(
+    bus: MemoryBus, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WhatsApp repeats what is not answered, at every connection; each session has one such message at a time."""
+    monkeypatch.setattr(module, "ROOM_POLL_S", 0.005)
+    room = False
+    async with running(bus, store, disk=lambda: room, awaited=False) as delivery:
+        for session in ("a", "b"):
+            begin(delivery, session)
+        for _ in range(500):
+            tickets = {s: delivery.submit(s, "message", {"n": 1}, event_id=f"{s}/1") for s in ("a", "b")}
+            await asyncio.sleep(0)
+        assert len(delivery._waiting) == 2
+        assert "nearly full" in delivery.trouble
+        room = True
+        for session, ticket in tickets.items():
+            await asyncio.wait_for(ticket.confirmed, 5)
+            await asyncio.wait_for(delivery.submit(session, "message", {"n": 2}, event_id=f"{session}/2").confirmed, 5)
+        assert delivery.trouble == ""
+    assert [i for i, k in bus.published if k.startswith("a.")] == ["a/1", "a/2"]
+    assert [i for i, k in bus.published if k.startswith("b.")] == ["b/1", "b/2"]
+    assert store.rows == {}
+
+
+async def test_a_failing_disk_is_told_once(bus: MemoryBus, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "delay", lambda *_, **__: 0.001)
+    told: list[str] = []
+    sink = logger.add(lambda line: told.append(str(line)), level="INFO", format="{extra[action]}")
+    store.failing = 50
+    try:
+        async with running(bus, store) as delivery:
+            begin(delivery)
+            await asyncio.wait_for(delivery.submit("a", "message", {}).confirmed, 5)
+    finally:
+        logger.remove(sink)
+    assert [line.strip() for line in told] == ["store_failed", "outbox_room"]
