@@ -649,6 +649,30 @@ async def test_old_backups_go(machines: Any, objects: MemoryObjects) -> None:
     await until(lambda: a.places("acme") == ["1/5", "1/6"], "the old ones to be deleted")
 
 
+async def test_in_cloud_mode_nothing_is_safe_before_rabbitmq_has_it(machines: Any) -> None:
+    a = await machines()
+    bus = MemoryBus()
+    bus.gate.clear()
+    delivery = Delivery(
+        cast(Any, bus),
+        a.store,
+        Topology("warren"),
+        DeliveryOptions("t", answer_after_s=None),
+        now=lambda: datetime.now(UTC),
+        random01=lambda: 0.5,
+        disk_ok=lambda: True,
+    )
+    await delivery.start()
+    ticket = delivery.submit("acme", "message", {})
+    await asyncio.wait_for(asyncio.shield(ticket.stored), 5)
+    for _ in range(50):
+        await asyncio.sleep(0.01)
+    assert not ticket.safe.done(), "on disk for longer than `answer_after_ms`, and still not safe"
+    bus.gate.set()
+    await asyncio.wait_for(asyncio.shield(ticket.safe), 5)
+    await delivery.stop()
+
+
 # --- without a store --------------------------------------------------------------------------------------------------
 
 
