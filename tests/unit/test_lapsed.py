@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from tests.fakes import MemoryBus, MemoryStore
 from tests.unit.test_sending import Message
 
 from warren.core.names import Topology
-from warren.ports import Desired, PutStarts, SessionRecord
+from warren.ports import Desired, Published, PutStarts, SessionRecord
 from warren.services import outcomes as ends
 from warren.services.delivery import Delivery, DeliveryOptions
 from warren.services.gateway import Gateway
@@ -31,7 +32,8 @@ class Bus(MemoryBus):
         self.events: list[dict[str, Any]] = []
 
     async def publish(self, exchange: str, routing_key: str, body: bytes, **more: Any) -> Any:
-        self.events.append(orjson.loads(body))
+        if exchange == NAMES.out:
+            self.events.append(orjson.loads(body))
         return await super().publish(exchange, routing_key, body, **more)
 
 
@@ -134,7 +136,7 @@ async def test_what_warren_itself_buried_has_its_outcome() -> None:
 
 
 async def test_with_an_unreadable_journal_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ends, "LAPSE_RETRY_S", 0.01)
+    monkeypatch.setattr(ends, "GIVE_BACK_S", 0.01)
     async with running(served=True) as world:
         await world.store.close()
         message = send()
@@ -155,3 +157,25 @@ async def test_nothing_is_acked_before_its_outcome_is_confirmed() -> None:
         async with asyncio.timeout(5):
             while not message.acks:
                 await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("body", [b"no json", orjson.dumps({"command": "fly", "session": "acme", "id": "order-1"})])
+async def test_what_cannot_be_served_stays_until_rabbitmq_takes_its_outcome(body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for the queue of unclaimed commands; and without going round and round."""
+    monkeypatch.setattr(ends, "GIVE_BACK_S", 0.05)
+    async with running(served=False) as world:
+        world.bus.answers = lambda _: Published.REFUSED
+        message = Message(body)
+        began = time.monotonic()
+        world.gateway.on_unclaimed(message)
+        async with asyncio.timeout(5):
+            while not message.requeues:
+                await asyncio.sleep(0.001)
+        assert time.monotonic() - began >= 0.05
+        assert message.acks == 0
+        world.bus.answers = lambda _: Published.CONFIRMED
+        world.gateway.on_unclaimed(message)
+        async with asyncio.timeout(5):
+            while not message.acks:
+                await asyncio.sleep(0.001)
+        assert world.bus.published[-1][1] == "acme.command_failed"

@@ -24,8 +24,8 @@ UNACKED_S = 240.0
 """How long a command may stay unsettled because its outcome is not confirmed: then it goes back, comes again and gets the same
 one. RabbitMQ takes a consumer that holds a message for half an hour for dead; sends go back earlier (`SendLane`).
 """
-LAPSE_RETRY_S = 5.0
-"""Wait for the journal before what RabbitMQ ended is looked at again."""
+GIVE_BACK_S = 1.0
+"""Wait before a command goes back because its outcome was not taken, or the journal cannot be read."""
 REMEMBERED_S = 60.0
 """How long a confirmed outcome that is not in the journal answers the same command, brought again because its ack was lost."""
 REMEMBERED_FINAL_S = 5.0
@@ -314,7 +314,7 @@ class Outcomes:
         if await self.to_dead(incoming, error):
             await self._end(incoming, session, outcome, fingerprint("", incoming.body))
         else:
-            await incoming.requeue()
+            await _give_back(incoming)
 
     async def _lapse(self, task: Task, error: CommandError) -> None:
         command = task.command
@@ -326,8 +326,7 @@ class Outcomes:
         except CommandError as conflict:
             error = conflict
         except StateError:
-            await asyncio.sleep(LAPSE_RETRY_S)
-            await task.incoming.requeue()
+            await _give_back(task.incoming)
             return
         if self._delivery.serves(command.session):
             self.fail(task, error)
@@ -343,7 +342,7 @@ class Outcomes:
             event_id=outcome_event_id(session, outcome, told_by),
             causation_id=outcome.command_id,
         )
-        await (incoming.ack() if told else incoming.requeue())
+        await (incoming.ack() if told else _give_back(incoming))
 
     async def _reply(self, incoming: Incoming, outcome: Outcome) -> None:
         if incoming.reply_to is None:
@@ -355,6 +354,12 @@ class Outcomes:
             )
         else:
             await self._bus.reply(incoming.reply_to, incoming.correlation_id, orjson.dumps(outcome.body()))
+
+
+async def _give_back(incoming: Incoming) -> None:
+    """Not settled at once: what RabbitMQ goes on refusing would go round and round."""
+    await asyncio.sleep(GIVE_BACK_S)
+    await incoming.requeue()
 
 
 def _conflict(command_id: str) -> CommandError:
