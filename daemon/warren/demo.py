@@ -124,6 +124,7 @@ class Demo:
         await self._talk()
         await self._kill_daemon()
         await self._kill_engine()
+        await self._lose_state()
         await self._disconnect()
         await self._logout()
 
@@ -175,6 +176,16 @@ class Demo:
             os.kill(pid, signal.SIGKILL)
         await self._sim.send(BOB, ANA, "And now?")
         await self._comes_back("And now?")
+
+    async def _lose_state(self) -> None:
+        backup = await self._command("backup")
+        self._say(f"backup: the session's state is sealed and stored as {backup['position']} ({backup['size']:,} bytes)")
+        await self._warrend.kill()
+        shutil.rmtree(self._warrend.state / "sessions")
+        self._say("kill -9 of the daemon, and the state of every session is deleted; starting it again")
+        await self._sim.send(BOB, ANA, "Did you lose something?")
+        await self._warrend.start()
+        await self._comes_back("Did you lose something?")
 
     async def _disconnect(self) -> None:
         result = await self._command("disconnect")
