@@ -40,6 +40,7 @@ from warren.client import Client, NoAnswer, Subscription, broker_address
 from warren.core.envelope import CreateArgs, Outcome
 from warren.core.machine import State
 from warren.core.names import is_session_id
+from warren.edges.leaving import leave
 from warren.edges.settings import find_engine_binary
 from warren.edges.storage_keys import disk_warning, load_keyring
 from warren.edges.terminal import QrScreen, printable
@@ -490,5 +491,10 @@ def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser
     add(where, "list", _list, "the sessions of all daemons", "warren session list --json")
 
 
+def program() -> NoReturn:
+    """What `warren` runs."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()
