@@ -3,6 +3,7 @@
 package main
 
 import (
+	"database/sql"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	_ "github.com/mattn/go-sqlite3"
 )
 
 func (d *daemon) snapshot(session string, generation int64, dir, to string) map[string]any {
@@ -95,6 +98,42 @@ func TestChangesAreTold(t *testing.T) {
 	d.must("close", "acme", 3, nil)
 	if kinds := d.changes("acme", 3); len(kinds) > 0 {
 		t.Errorf("news of a login: %v", kinds)
+	}
+}
+
+// TestRestoreWithoutTheLatestPreKeys: contacts are given pre-keys that the copy does not know. They are asked to begin again, and what they said comes.
+func TestRestoreWithoutTheLatestPreKeys(t *testing.T) {
+	sim, d, dir := pairedEngine(t)
+	d.wait("news of the pre-keys", func(f frame) bool { return f.Event == "changed" && f.Generation == 2 })
+	restored := t.TempDir()
+	path := filepath.Join(restored, "state.db")
+	d.must("close", "acme", 2, nil)
+	d.snapshot("acme", 0, dir, path)
+	raw, err := sql.Open("sqlite3", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := raw.Exec("DELETE FROM whatsmeow_pre_keys WHERE key_id < 700"); err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.online("acme", 3, restored)
+	asked := func() int { return len(d.all(func(f frame) bool { return f.Event == "undecryptable" })) }
+	for n := range 3 {
+		number := fmt.Sprint("1555010", n)
+		sim.phone(t, number)
+		before := asked()
+		for _, text := range []string{"first", "second"} {
+			text += " of " + number
+			sim.sendTo(t, number, own, text, 1)
+			d.wait(text, func(f frame) bool { return f.Event == "message" && f.Generation == 3 && f.text("text") == text })
+			// The first retry receipt carries no keys, so the phone may try another one that is not known; the second does.
+			if times := asked() - before; times < 1 || times > 2 {
+				t.Errorf("%s: %d times asked to begin again", text, times)
+			}
+		}
 	}
 }
 

@@ -178,7 +178,7 @@ func TestBaileys(t *testing.T) {
 	if uploaded, err := d.PreKeys.UploadedPreKeyCount(ctx); err != nil || uploaded != 20 {
 		t.Errorf("%d uploaded pre-keys, %v", uploaded, err)
 	}
-	if key, err := d.PreKeys.GenOnePreKey(ctx); err != nil || key.KeyID != 31 {
+	if key, err := d.PreKeys.GenOnePreKey(ctx); err != nil || key.KeyID <= 30 {
 		t.Errorf("the next pre-key is %+v, %v", key, err)
 	}
 	id, _ := base64.StdEncoding.DecodeString("AAAAAA/+")

@@ -361,6 +361,9 @@ func TestRestoredCopyBeginsNewSessions(t *testing.T) {
 	ctx := t.Context()
 	live, other := newPeer(t, "900002_1"), newPeer(t, "900001_1")
 	live.begin(other)
+	if _, err := live.device.PreKeys.GetOrGenPreKeys(ctx, 20); err != nil {
+		t.Fatal(err)
+	}
 	for n := range 3 { // both ways, so that the session is established
 		if text, err := other.decrypt(live.encrypt(fmt.Sprint("out", n))); err != nil || text != fmt.Sprint("out", n) {
 			t.Fatal(err)
@@ -386,6 +389,9 @@ func TestRestoredCopyBeginsNewSessions(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if _, err := live.device.PreKeys.GenOnePreKey(ctx); err != nil {
+		t.Fatal(err)
+	}
 	fromOther := other.encrypt("after the copy") // in the chain that the copy knows
 	s := mustOpen(t, dir, false)
 	restored := &peer{t: t, device: s.Device, store: s, other: live.other}
@@ -407,6 +413,9 @@ func TestRestoredCopyBeginsNewSessions(t *testing.T) {
 	theirs, err2 := s.Device.SenderKeys.GetSenderKey(ctx, group, "900002_1:0")
 	if err := errors.Join(err1, err2); err != nil || own != nil || string(theirs) != "theirs" {
 		t.Fatalf("sender keys %q and %q: %v", own, theirs, err)
+	}
+	if key, err := s.Device.PreKeys.GenOnePreKey(ctx); err != nil || key.KeyID <= skippedPreKeys {
+		t.Errorf("a pre-key that may be somebody else's: %+v %v", key, err)
 	}
 	// What comes in the old session is read; it stays stale for sending, also over another life.
 	if text, err := restored.decrypt(fromOther); err != nil || text != "after the copy" {

@@ -18,6 +18,10 @@ import (
 // for one that it has, and shows nothing; and two texts under one key are no secret. So a copy says of itself that it is one, and in what is opened from it
 // the first message to each device begins a new session. The old one stays archived, and still decrypts what comes in it.
 
+// skippedPreKeys is by how much the numbers of pre-keys go on behind those of a copy, which does not know the ones that have been uploaded since: a number that
+// contacts may still be given must not get another key. Who uses one that is not known here is asked to begin again, by a retry receipt.
+const skippedPreKeys = 5000
+
 // copyMark is the user_version of a copy that has not been opened. That of a store in use is 0.
 const copyMark = 1
 
@@ -73,8 +77,14 @@ func markStale(ctx context.Context, db *dbutil.Database, device *store.Device) e
 		if device.ID == nil {
 			return nil
 		}
+		// whatsmeow numbers on from the last one there is.
+		_, err := db.Exec(ctx, `INSERT INTO whatsmeow_pre_keys (jid, key_id, key, uploaded)
+			SELECT jid, max(key_id) + $1, randomblob(32), true FROM whatsmeow_pre_keys GROUP BY jid HAVING max(key_id) + $1 < 1<<24`, skippedPreKeys)
+		if err != nil {
+			return err
+		}
 		// Our own sender keys have been used on, too. A new one goes to everybody with the next message.
-		_, err := db.Exec(ctx, "DELETE FROM whatsmeow_sender_keys WHERE sender_id IN ($1, $2)",
+		_, err = db.Exec(ctx, "DELETE FROM whatsmeow_sender_keys WHERE sender_id IN ($1, $2)",
 			device.ID.SignalAddress().String(), device.LID.SignalAddress().String())
 		return err
 	})
