@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -14,11 +16,17 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from warren.edges import objects_directory
 from warren.edges.objects import CloudObjects, _aws_files, open_store
@@ -51,12 +59,23 @@ class Answers(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _any
 
 
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is what some tests are about."""
+
+
 class Server:
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
+        """`certificate`: a file with key and certificate; TLS then."""
         self.answers = type("Answers", (Answers,), {"seen": []})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self.answers)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._http = QuietServer(("127.0.0.1", 0), self.answers)
+        if certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(certificate)
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
 
@@ -190,6 +209,48 @@ async def test_http_is_only_spoken_when_allowed(server: Server) -> None:
     assert told.value.kind == "misconfigured"
     assert "allow_http" in told.value.hint
     assert not server.answers.seen
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A CA and, in one file, a certificate for 127.0.0.1 by it with its key."""
+    now = datetime.now(UTC)
+
+    def name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    def signed(subject: str, key: ec.EllipticCurvePrivateKey, *extensions: tuple[x509.ExtensionType, bool]) -> x509.Certificate:
+        builder = x509.CertificateBuilder().subject_name(name(subject)).issuer_name(name("a CA of a test"))
+        builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
+        builder = builder.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(days=1))
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(ca_key, hashes.SHA256())
+
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca = signed("a CA of a test", ca_key, (x509.BasicConstraints(ca=True, path_length=None), True))
+    here = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    leaf = signed("127.0.0.1", key, (x509.BasicConstraints(ca=False, path_length=None), True), (here, False))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "ca.pem").write_bytes(ca.public_bytes(Encoding.PEM))
+    (folder / "server.pem").write_bytes(private + leaf.public_bytes(Encoding.PEM))
+    return folder / "ca.pem", folder / "server.pem"
+
+
+async def test_certificates_are_checked_and_a_ca_of_ones_own_can_be_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, own = certificate(tmp_path)
+    server = Server(own)
+    server.answer(404, "NoSuchKey")
+    try:
+        with pytest.raises(StorageError, match="certificate is not trusted") as told:
+            await s3_at(server.url, allow_http=False).get("warren/acme/key")
+        assert told.value.kind == "misconfigured"
+        assert not server.answers.seen
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+        assert await s3_at(server.url, allow_http=False).get("warren/acme/key") is None
+    finally:
+        server.stop()
 
 
 # --- credentials --------------------------------------------------------------------------------------------------------
