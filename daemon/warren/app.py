@@ -305,9 +305,12 @@ class Daemon:
         objects = self._parts.objects = open_store(s, self.settings.state_dir)
         vault = Vault(objects, Names(s.prefix), load_keyring(s, self.settings.state_dir, make=True))
         try:
-            await vault.check()
+            async with asyncio.timeout(s.start_wait_s):
+                await vault.check()
         except StorageError as e:
             logger.bind(action="storage_unavailable", reason=e.kind).error("The store of the backups cannot be used now: {}", e)
+        except TimeoutError:
+            logger.bind(action="storage_unavailable", reason="slow").error("The store of the backups does not answer yet.")
         if warning := disk_warning(self.settings):
             logger.bind(action="storage_default").warning("{}", warning)
         return vault

@@ -27,6 +27,7 @@ class PlayedEngine:
         self.pid = pid
         self.rss = 10 * MB
         self.asked: list[str] = []
+        self.last_id = 0
         self.deaf: set[str] = set()
         """Operations that get no answer."""
         self.killed = False
@@ -44,6 +45,7 @@ class PlayedEngine:
         op = request["op"]
         self.asked.append(op)
         if op in self.deaf:
+            self.last_id = request["id"]
             return
         result = {"rss_bytes": self.rss} if op == "ping" else {}
         self.say({"re": request["id"], "session": request["session"], "ok": True, "result": result})
@@ -99,6 +101,20 @@ async def true(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def test_a_cancelled_open_waits_for_its_answer_so_that_no_close_overtakes_it(world: World) -> None:
+    engine = world.processes[0]
+    engine.deaf = {"open"}
+    opening = asyncio.create_task(world.engines.open("acme", 1, lambda _: None))
+    await true(lambda: engine.last_id)
+    opening.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+    assert not opening.done()
+    engine.say({"re": engine.last_id, "session": "acme", "ok": True, "result": {"paired": True}})
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(opening, 5)
 
 
 async def test_a_process_above_its_ceiling_is_closed_and_replaced_with_only_its_sessions(world: World) -> None:

@@ -17,6 +17,7 @@ from warren.core.backup_plan import DAY_S
 from warren.errors import BrokerUnavailable, CommandError, OwnershipError, StateError, StorageError, WarrenError
 from warren.ports import Bus, Claim, Desired, OnMessage, PutSession, SessionRecord, Store
 from warren.services.session import Deps, Session, SessionOptions
+from warren.services.session_record import Stored
 
 CLAIM_TIMEOUT_S = 30.0
 HOUSEKEEPING_S = 3_600.0
@@ -43,6 +44,8 @@ class Fleet:
         self._resuming: set[asyncio.Task[None]] = set()
         self._removals: dict[str, asyncio.Task[None]] = {}
         self._adopting: asyncio.Task[None] | None = None
+        self._claiming: dict[str, asyncio.Lock] = {}
+        """Of each session that is being taken up, by `create` or from the store: the two must not claim it side by side."""
         self._keeping_house: asyncio.Task[None] | None = None
         self._on_control: OnMessage
         self._on_work: OnMessage
@@ -96,6 +99,11 @@ class Fleet:
         return [self._sessions[s].status() for s in sorted(self._sessions)]
 
     async def create(self, session: str) -> Session:
+        """Find the session, or claim one that nobody serves; see `_create`."""
+        async with self._claiming.setdefault(session, asyncio.Lock()):
+            return self._sessions.get(session) or await self._create(session)
+
+    async def _create(self, session: str) -> Session:
         """Claim a session nobody serves and put it on record; the `create` command itself then starts it.
 
         Raises CommandError `session_limit`, `owned_elsewhere` or `internal`; nothing is left behind then.
@@ -176,14 +184,15 @@ class Fleet:
             return
         if (peeked := await self._deps.restorer.peek(session)) is None:
             return
-        stored, epoch = peeked
+        async with self._claiming.setdefault(session, asyncio.Lock()):
+            if session not in self._sessions:
+                await self._take_up(session, *peeked)
+
+    async def _take_up(self, session: str, stored: Stored, epoch: int) -> None:
         try:
             claim = await self._bus.claim(session, on_control=self._on_control, on_work=self._on_work)
         except OwnershipError:
             return  # it is served elsewhere
-        if session in self._sessions:  # by a `create` that came meanwhile
-            await claim.release()
-            return
         record = replace(stored.record, epoch=epoch)
         try:
             await self._store.write(PutSession(record), *stored.beside(()))
