@@ -29,6 +29,8 @@ from warren.services.outcomes import MAX_STARTS, Outcomes, Task
 from warren.services.restore import RestoreOptions, Restorer
 from warren.services.session import PAIRING_CODES, Deps, Session, SessionOptions
 
+DEADLINE_S = 15.0
+
 
 class PlayedEngines:
     """`Engines` with the test in WhatsApp's place: every `open` is noted and answered."""
@@ -155,11 +157,11 @@ async def running(
 
 
 async def opening(engines: PlayedEngines) -> dict[str, Any]:
-    return await asyncio.wait_for(engines.opened.get(), 2)
+    return await asyncio.wait_for(engines.opened.get(), DEADLINE_S)
 
 
 async def reached(session: Session, state: State) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(DEADLINE_S):
         while session.state is not state:
             await asyncio.sleep(0.005)
 
@@ -282,7 +284,7 @@ class Command:
 
 
 async def true(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -518,11 +520,13 @@ async def test_a_create_that_kills_the_daemon_goes_to_the_dead_queue() -> None:
 
 async def test_an_alarm_comes_once_in_a_row_of_failures() -> None:
     """Also when it gets online for a moment in between; after a stable time, the next row has its own."""
-    async with running(replace(OPTIONS, stable_s=0.3), paired=True) as (session, engines, store):
+    async with running(paired=True) as (session, engines, store):
         for _ in range(6):
             await online(session, engines)
             engines.says("disconnected", reason="network")
+        await true(lambda: session.status()["attempt"] == 6)
         assert store.log.count("reconnect_failed") == 1
+        session._deps.options = replace(OPTIONS, stable_s=0.01)
         await online(session, engines)
         await true(lambda: session.status()["attempt"] == 0)
         for _ in range(OPTIONS.alarm_after):
