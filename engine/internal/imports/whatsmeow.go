@@ -161,5 +161,5 @@ func describeStore(ctx context.Context, work string, report *Report) (err error)
 		}
 		report.carry(counted.kind, count)
 	}
-	return nil
+	return s.MarkCopy(ctx) // nobody knows how old the source is
 }

@@ -85,7 +85,7 @@ func (s *Store) MarkCopy(ctx context.Context) error {
 }
 
 // CopyOne copies the store at from, of which this process is the only user, to the new file at to, brings it to the schema of today, and keeps but the
-// device that pick chooses among those there are. What is made counts as a copy: nobody knows how old the source is. It tells of tables that are not whatsmeow's.
+// device that pick chooses among those there are. It tells of tables that are not whatsmeow's.
 func CopyOne(ctx context.Context, from, to string, pick func(jids []string) (string, error)) (foreign int, err error) {
 	raw := openDatabase(from, "rw", nil)
 	if err = keepOne(ctx, raw, pick); err == nil {
@@ -97,7 +97,7 @@ func CopyOne(ctx context.Context, from, to string, pick func(jids []string) (str
 	if err != nil {
 		return 0, err
 	}
-	return foreign, copyStore(ctx, from, to, copyMark)
+	return foreign, copyStore(ctx, from, to, 0)
 }
 
 func keepOne(ctx context.Context, raw *sql.DB, pick func(jids []string) (string, error)) error {
