@@ -189,8 +189,8 @@ class Gateway:
         if command.name == "send":
             raise CommandError(
                 "not_connected",
-                "The session has only just been created.",
-                hint="Wait for its first `connected` event before sending; later, sends may be published at any time.",
+                "The session, or its queue in RabbitMQ, has only just been made.",
+                hint="Wait for its first `connected` event, or a few seconds; later, sends may be published at any time.",
                 final=False,
             )
         self._hand_over(session, task)
