@@ -14,6 +14,10 @@ import segno
 from tests.acceptance.rig import Rig
 from tests.conftest import Broker
 from tests.page.browser import Tab
+from tests.unit.test_http import World
+
+from warren.edges.http import HttpOptions, HttpServer
+from warren.ports import Problem
 
 TOKEN = "open-sesame-of-the-test"
 NUMBER = "15550100001"
@@ -178,3 +182,37 @@ async def test_the_page_outlives_a_restart_of_warrend(rig: Any, tab: Tab) -> Non
     await tab.key("Enter")
     await tab.until("document.querySelector('#link').textContent === 'Live'", "the live list again")
     assert tab.loads == 1
+
+
+async def test_without_a_token_one_may_look_and_is_offered_nothing(tab: Tab) -> None:
+    world, port = World(), free_port()
+    world.put("acme", "online")
+    world.put("depot", "pairing", qr={"code": "2@" + "Q0RF" * 40, "expires_at": "2126-11-20T12:00:00.000Z", "remaining": 3})
+    world.put("<b onclick=1>", "logged_out", message="<img src=x onerror=alert(1)>", hint="Publish `create`.")
+    world.found = [Problem("rabbitmq_away", "RabbitMQ <cannot> be reached.", "Start it.")]
+    server = HttpServer(world, world, HttpOptions("127.0.0.1", port))
+    await server.start()
+    try:
+        await tab.open(f"http://127.0.0.1:{port}/")
+        await tab.until("document.querySelectorAll('.row').length === 3", "the sessions")
+        offered = await tab.js("[...document.querySelectorAll('button')].filter(b => b.checkVisibility()).map(b => b.innerText)")
+        assert "Show QR code" in offered
+        assert not {"Connect", "Disconnect", "Log out…", "New session", "Sign out"} & set(offered)
+        text = await tab.js("document.body.innerText")
+        assert "set [http] token" in text
+        # What comes from elsewhere is text, never markup; hints speak of buttons.
+        for said in ("RabbitMQ <cannot> be reached.", "<b onclick=1>", "<img src=x onerror=alert(1)> Press Connect."):
+            assert said in text
+        everything = "[...document.querySelectorAll('button, input')].filter(e => !e.closest('[aria-hidden]'))"
+        nameless = f"{everything}.filter(e => !(e.innerText || e.ariaLabel || e.labels?.length || e.textContent)).map(e => e.id)"
+        assert await tab.js(nameless) == []
+
+        # Filters, and the way back.
+        await tab.type("#search", "dep")
+        shown = "[...document.querySelectorAll('.row')].filter(r => r.checkVisibility()).map(r => r.dataset.session).join()"
+        await tab.until(f"{shown} === 'depot'", "only what is looked for")
+        await tab.type("#search", "x")
+        await tab.until("document.querySelector('#none').innerText.includes('No session is like that')", "a word for nothing")
+        assert tab.complaints == []
+    finally:
+        await server.stop()

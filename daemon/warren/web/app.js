@@ -1,6 +1,6 @@
 "use strict";
 
-// What a state is called, which of the four groups it belongs to, and whether it can be connected from there.
+// What a state is called, and which of the four groups it belongs to.
 const STATES = {
   online: ["Online", "good"],
   time_locked: ["Online, limited", "good"],
@@ -17,7 +17,9 @@ const STATES = {
   quarantined: ["Needs repair", "bad"],
 };
 const GROUPS = [["all", "All"], ["good", "Online"], ["busy", "On the way"], ["bad", "Need someone"], ["off", "Disconnected"]];
-const CONNECTABLE = ["stopped", "logged_out", "replaced", "blocked", "outdated", "quarantined", "backing_off"];
+// Where `create` does something, and where `disconnect` does nothing. A ban is waited out, whatever is asked for.
+const CONNECTABLE = ["stopped", "logged_out", "replaced", "outdated", "quarantined", "backing_off"];
+const ENDED = ["stopped", "stopping", "logged_out", "replaced", "outdated", "quarantined"];
 
 const $ = (id) => document.getElementById(id);
 const sessions = new Map(); // id -> what the server said last
@@ -51,11 +53,11 @@ const stateOf = (session) => STATES[session.state] ?? [session.state, "busy"];
 function ago(time) {
   const seconds = Math.max(0, (Date.now() - Date.parse(time)) / 1000);
   if (seconds < 45) return "just now";
-  for (const [unit, size] of [["day", 86400], ["hour", 3600], ["minute", 60]]) {
+  for (const [one, more, size] of [["day", "days", 86400], ["hour", "hours", 3600]]) {
     const count = Math.round(seconds / size);
-    if (count >= 1) return `${count} ${unit}${count === 1 ? "" : "s"} ago`;
+    if (count >= 1) return `${count} ${count === 1 ? one : more} ago`;
   }
-  return "1 minute ago";
+  return `${Math.max(1, Math.round(seconds / 60))} min ago`;
 }
 
 function when(time, never) {
@@ -250,7 +252,7 @@ function actions(session) {
   }
   if (!me.csrf) return made;
   if (CONNECTABLE.includes(session.state)) made.push(button("connect", "Connect", "", () => connect(id)));
-  else if (session.state !== "stopping") made.push(button("disconnect", "Disconnect", "", () => disconnect(id)));
+  if (!ENDED.includes(session.state)) made.push(button("disconnect", "Disconnect", "", () => disconnect(id)));
   made.push(button("logout", "Log out…", "plain", () => askLogout(id)));
   return made;
 }
@@ -349,7 +351,6 @@ function askLogout(id) {
   $("confirm-title").textContent = `Log out ${id}?`;
   $("confirm-text").textContent =
     "WhatsApp unlinks this device, and warren deletes the session with its keys and backups. To use it again, somebody must link a phone anew.";
-  $("confirm-yes").textContent = "Log out";
   dialog.querySelector(".error").textContent = "";
   $("confirm-form").onsubmit = async (event) => {
     event.preventDefault();
