@@ -14,9 +14,8 @@ import (
 	"strconv"
 	"strings"
 
-	groupRecord "go.mau.fi/libsignal/groups/state/record"
-
 	groupRatchet "go.mau.fi/libsignal/groups/ratchet"
+	groupRecord "go.mau.fi/libsignal/groups/state/record"
 	"go.mau.fi/libsignal/kdf"
 	"go.mau.fi/libsignal/keys/chain"
 	"go.mau.fi/libsignal/keys/message"
