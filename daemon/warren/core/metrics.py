@@ -155,7 +155,9 @@ class Metrics:
                 "warren_probe_failures", "Connections that looked open and did not answer.", self.events["health_check_failed"]
             ),
             counter(
-                "warren_engine_restarts", "Engine processes that ended unasked and were started again.", self.engine_restarts
+                "warren_engine_restarts",
+                "Engine processes that ended or were replaced, and were started again.",
+                self.engine_restarts,
             ),
             counter("warren_backups", "Backups put into the object store.", self._backups[True]),
             counter("warren_backup_failures", "Attempts to back a session up that failed.", self._backups[False]),
