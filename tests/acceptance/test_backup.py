@@ -176,6 +176,26 @@ async def test_a_logout_leaves_nothing_in_the_store(tmp_path: Path, broker: Brok
         assert {p.split("/")[0] for p in (await bucket.verify())["acme"]} == {"2"}
 
 
+async def test_a_logout_goes_on_deleting_when_the_store_is_back(tmp_path: Path, broker: Broker, prefix: str) -> None:
+    bucket = Bucket(tmp_path)
+    async with Rig(tmp_path, broker.url, prefix, **bucket.environment()) as rig:
+        await rig.pair("acme", "15556021001")
+        await backed_up(rig, "acme")
+        (tmp_path / "bucket").rename(tmp_path / "away")
+        assert (await rig.call("logout", "acme")).ok
+        await until(lambda: '"action":"removal_failed"' in rig.warrend.log.read_text(), "a first try to delete")
+        await rig.warrend.kill()
+        (tmp_path / "away").rename(tmp_path / "bucket")
+        assert any("/acme/" in name for name in await bucket.raw())
+        await rig.restart()
+
+        async def gone() -> bool:
+            return not any("/acme/" in name for name in await bucket.raw())
+
+        await until(gone, "its objects to be deleted after the restart")
+        assert await rig.client.list_sessions() == []
+
+
 async def test_what_whatsapp_has_unlinked_never_hides_the_last_good_backup(tmp_path: Path, broker: Broker, prefix: str) -> None:
     bucket = Bucket(tmp_path)
     async with Rig(tmp_path, broker.url, prefix, **bucket.environment()) as rig:

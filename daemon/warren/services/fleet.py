@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from loguru import logger
 
@@ -44,7 +45,7 @@ class Fleet:
         self._resuming: set[asyncio.Task[None]] = set()
         self._removals: dict[str, asyncio.Task[None]] = {}
         self._adopting: asyncio.Task[None] | None = None
-        self._claiming: dict[str, asyncio.Lock] = {}
+        self._claiming: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """Of each session that is being taken up, by `create` or from the store: the two must not claim it side by side."""
         self._keeping_house: asyncio.Task[None] | None = None
         self._on_control: OnMessage
