@@ -12,6 +12,8 @@ import pytest
 from tests.acceptance.rig import Rig, until
 from tests.conftest import Broker
 
+from warren.client import Client
+
 prefixes = itertools.count(1)
 PEER = "15559990000"
 
@@ -224,3 +226,25 @@ async def test_rabbitmq_killed_under_traffic(tmp_path: Path, broker: Broker, pre
         await check_traffic(rig, sessions, count)
         assert len(rig.got.of("qr")) == qrs
         print(f"repeated deliveries with the same event id: {sum(n - 1 for n in rig.got.deliveries.values())}")
+
+
+@pytest.mark.timeout(240)
+async def test_rabbitmq_killed_at_the_birth_of_a_session(tmp_path: Path, broker: Broker, prefix: str) -> None:
+    """RabbitMQ forgets who leads a queue that it made within the last second; the session must not notice."""
+    number = "15550001120"
+    async with Rig(tmp_path, broker.url, prefix) as rig:
+        await rig.sim.add_phone(number, "New")
+        await rig.sim.add_phone(PEER, "Peer")
+        assert (await rig.call("create", "acme")).ok
+        broker.kill()
+        await broker.start()
+        async with Client(rig.url, prefix) as client:  # the rig's own died with RabbitMQ
+            rig.client = client
+            await rig.ready()
+            status = await rig.call("status", "acme")
+            await rig.sim.scan(number, status.result["qr"]["code"])
+            await rig.got.event("connected", "acme")
+            sent = await rig.call("send", "acme", {"to": f"+{PEER}", "text": "alive"}, id="order-1")
+        assert sent.ok
+        assert texts((await rig.sim.received(PEER))["shown"], number) == ["alive"]
+        assert rig.got.sequence_faults == []
