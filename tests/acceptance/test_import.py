@@ -140,3 +140,23 @@ async def test_backups_by_hand(tmp_path: Path, broker: Broker, prefix: str) -> N
         rig.warrend = right
         await rig.restart()
         await rig.got.event("connected", "b", after=after)
+
+
+async def test_a_whatsmeow_database_goes_on_without_a_code(tmp_path: Path, broker: Broker, prefix: str) -> None:
+    """As one is at hand: that of a session which ends here and goes on under another name."""
+    async with Rig(tmp_path, broker.url, prefix) as rig:
+        connected = await rig.pair("acme", "15550006003")
+        assert (await rig.call("disconnect", "acme")).ok
+        (state,) = (rig.warrend.state / "sessions" / "acme").glob("*/state.db")
+        source = tmp_path / "store.db"
+        shutil.copy(state, source)
+        before = source.read_bytes()
+        dry = await warren(rig, "import", "--from", str(source), "--session", "b")
+        assert dry["report"]["format"] == "whatsmeow"
+        done = await warren(rig, "import", "--from", str(source), "--session", "b", "--execute")
+        assert (done["state"], done["report"]["jid"]) == ("online", connected["data"]["jid"])
+        assert source.read_bytes() == before
+        assert not rig.got.of("qr", "b")
+        deleted = await warren(rig, "import", "--from", str(source), "--session", "b", "--delete-source")
+        assert "store.db" in deleted["deleted"]
+        assert not list(tmp_path.glob("store.db*"))
