@@ -179,7 +179,7 @@ function toast(text) {
 function showProblems(problems) {
   $("problems").replaceChildren(
     ...problems.map((problem) =>
-      el("li", { class: problem.blocking ? "blocking" : null }, el("strong", {}, problem.message), el("span", {}, problem.hint)),
+      el("li", { class: problem.blocking ? "blocking" : null }, el("strong", {}, spoken(problem.message)), el("span", {}, spoken(problem.hint))),
     ),
   );
 }
