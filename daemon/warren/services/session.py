@@ -639,10 +639,9 @@ class Session:
             return None
 
     async def _rescue(self, generation: int) -> bool:
-        """The state on this disk cannot be used. Whether a backup takes its place; tried once between two connections."""
+        """The state on this disk cannot be used. Whether a backup takes its place; at most one does between two connections."""
         if self._rescued:
-            return False
-        self._rescued = True
+            return False  # what was restored cannot be used either
         try:
             restored = await self._deps.restorer.rescue(
                 self._record, lambda code, what: self._post(_Happened(Trigger.RESTORE, generation, _cause(code, what)))
@@ -651,6 +650,7 @@ class Session:
             self._log.bind(action="rescue_failed").error("No backup could take the place of the damaged state: {}", e)
             return False
         if restored is not None:
+            self._rescued = True
             self._go_on(generation, restored)
         return restored is not None
 
