@@ -59,7 +59,8 @@ export SEED MINUTES
 
 .PHONY: faults
 faults: setup ## kills everything for 100 rounds and counts what was lost (1.5 hours; ROUNDS=, OUTAGE_S=, SEED=)
-	@WARREN_FAULTS=1 ROUNDS=$(ROUNDS) OUTAGE_S=$(OUTAGE_S) $(BIN)/pytest -q -s tests/conformance/test_objects.py tests/faults
+	@WARREN_FAULTS=1 ROUNDS=$(ROUNDS) OUTAGE_S=$(OUTAGE_S) BUCKET_OUTAGE_S=120 \
+		$(BIN)/pytest -q -s tests/conformance/test_objects.py tests/acceptance/test_backup_faults.py tests/faults
 
 .PHONY: page
 page: setup ## the page, in headless Chromium (installed when there is none); its screenshots go to build/page/

@@ -12,8 +12,7 @@ import pytest
 from tests.acceptance.rig import until
 from tests.conftest import Broker
 from tests.faults.disk import Disk, damaged
-from tests.faults.traffic import Traffic
-from tests.faults.world import PEER, World, row
+from tests.faults.world import RECOVERY_S, World, row
 
 SESSIONS = 4
 PERIOD_S = 0.5
@@ -42,12 +41,12 @@ async def test_disk_that_takes_nothing(
         logged = world.warrend.log.stat().st_size
         before = dict(traffic.written)
         {"full": disk.fill, "readonly": disk.make_readonly}[mood]()
-        await until(lambda: errors(world, logged) != [], "an error in the log")
+        await until(lambda: errors(world, logged) != [], "an error in the log", RECOVERY_S)
 
         def written(more: int) -> bool:
             return all(traffic.written[s] >= before[s] + more for s in world.numbers)
 
-        await until(lambda: written(WRITTEN_MEANWHILE), "people to write on")
+        await until(lambda: written(WRITTEN_MEANWHILE), "people to write on", RECOVERY_S)
         # The first may have been on disk a moment before.
         for session, number in world.numbers.items():
             pending = await world.sim.pending(number)
@@ -79,11 +78,28 @@ async def test_start_on_a_readonly_disk(tmp_path: Path, own_broker: Broker) -> N
         logged = world.warrend.log.stat().st_size
         disk.make_readonly()
         await world.warrend.start()
-        await until(lambda: not world.warrend.running, "the daemon to give up")
+        await until(lambda: not world.warrend.running, "the daemon to give up", RECOVERY_S)
         assert b"read-only" in world.logged(logged).lower()
         disk.heal()
         await world.warrend.start()
-        await until(world.all_online, "every session to be online")
+        await until(world.all_online, "every session to be online", RECOVERY_S)
+        assert world.ledger.types["qr"] == world.qrs
+    assert damaged(tmp_path / "state") == []
+
+
+@pytest.mark.timeout(300)
+async def test_start_on_a_full_disk(tmp_path: Path, own_broker: Broker) -> None:
+    """The daemon waits for space, and goes on by itself."""
+    disk = Disk(tmp_path, tmp_path / "state")
+    async with World(tmp_path, own_broker, "disk-full-start", sessions=2, **disk.environment) as world:
+        await world.warrend.kill()
+        logged = world.warrend.log.stat().st_size
+        disk.fill()
+        await world.warrend.start()
+        await until(lambda: any("full" in str(e["message"]) for e in errors(world, logged)), "an error in the log", RECOVERY_S)
+        assert world.warrend.running
+        disk.heal()
+        await until(world.all_online, "every session to be online", RECOVERY_S)
         assert world.ledger.types["qr"] == world.qrs
     assert damaged(tmp_path / "state") == []
 
@@ -94,7 +110,7 @@ async def test_slow_disk(tmp_path: Path, own_broker: Broker, report: Callable[[s
     disk = Disk(tmp_path, tmp_path / "state")
     async with World(tmp_path, own_broker, "disk-slow", sessions=20, **disk.environment) as world:
         disk.slow_down(FSYNC_MS)
-        traffic = Traffic(world.sim, world.service, PEER, world.numbers, 0.0)
+        traffic = world.traffic(0.0)
         await asyncio.gather(*(traffic.burst(s, BURST_IN, BURST_OUT) for s in world.numbers))
         began = time.monotonic()
         arrived: dict[str, float] = {}

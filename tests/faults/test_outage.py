@@ -12,7 +12,7 @@ import pytest
 from tests.acceptance.rig import until
 from tests.conftest import Broker
 from tests.faults.plan import plan
-from tests.faults.world import World, row
+from tests.faults.world import RECOVERY_S, World, row
 
 PLAN = plan()
 SESSIONS = 20
@@ -20,20 +20,20 @@ PERIOD_S = 0.5
 SAMPLES = 20
 
 
-@pytest.mark.timeout(600 + 2 * PLAN.outage_s)
+@pytest.mark.timeout(900 + 4 * PLAN.outage_s)
 async def test_outage(tmp_path: Path, own_broker: Broker, report: Callable[[str, list[str]], None]) -> None:
     """0 lost, in order, and memory stays flat: what waits is on disk."""
     async with World(tmp_path, own_broker, "outage", sessions=SESSIONS) as world:
         traffic = world.traffic(PERIOD_S)
         traffic.start(commands=False)
-        await until(lambda: world.ledger.types["message"] >= SESSIONS * 10, "some traffic")
+        await until(lambda: world.ledger.types["message"] >= SESSIONS * 10, "some traffic", RECOVERY_S)
         own_broker.kill()
         before = world.ledger.types["message"]
         memory = await sampled(world, PLAN.outage_s)
         await world.broker_back()
         began = time.monotonic()
         behind = sum(traffic.written.values())
-        await until(lambda: world.ledger.types["message"] >= behind, "the daemon to catch up", 300)
+        await until(lambda: world.ledger.types["message"] >= behind, "the daemon to catch up", 300 + 2 * PLAN.outage_s)
         took = time.monotonic() - began
         await traffic.stop()
         await world.settled(traffic)

@@ -34,7 +34,7 @@ async def test_queued_sends_hold_up_nobody(tmp_path: Path, broker: Broker, repor
         async def burst() -> bool:
             return await shown() >= A_MINUTE
 
-        await until(burst, "the first minute's messages", 60)
+        await until(burst, "the first minute's messages", 120)
         status_s = []
         for _ in range(ASKED):
             asked = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 from tests.acceptance.rig import until
 from tests.conftest import Broker
 from tests.faults.plan import plan
-from tests.faults.world import Disturbances, Recoveries, World
+from tests.faults.world import RECOVERY_S, Disturbances, Recoveries, World
 
 Progress = Callable[[str], None]
 Report = Callable[[str, list[str]], None]
@@ -19,6 +19,8 @@ Report = Callable[[str, list[str]], None]
 PLAN = plan()
 SESSIONS = 20
 PERIOD_S = 1.0
+WINDOW = 30
+"""So many messages, and so many commands, of each session may be on their way at once."""
 
 
 @pytest.mark.timeout(600 + 180 * PLAN.rounds)
@@ -28,7 +30,7 @@ async def test_rounds(tmp_path: Path, own_broker: Broker, progress: Progress, re
     progress(f"\nfaults: {PLAN.rounds} rounds, {SESSIONS} sessions, SEED={PLAN.seed}")
     async with World(tmp_path, own_broker, "faults", sessions=SESSIONS) as world:
         disturbances = Disturbances(world, chance)
-        traffic = world.traffic(PERIOD_S)
+        traffic = world.traffic(PERIOD_S, window=WINDOW)
         traffic.start()
         await world.recovered(traffic)
         began, number = time.monotonic(), 0
@@ -38,7 +40,7 @@ async def test_rounds(tmp_path: Path, own_broker: Broker, progress: Progress, re
             for kind, strike in kinds:
                 # A moment that nobody can foresee, counted in messages.
                 moment = world.ledger.deliveries + chance.randrange(1, SESSIONS * 4)
-                await until(lambda moment=moment: world.ledger.deliveries >= moment, "some traffic")  # type: ignore[misc]
+                await until(lambda moment=moment: world.ledger.deliveries >= moment, "some traffic", RECOVERY_S)  # type: ignore[misc]
                 with recoveries.timed(kind):
                     await strike()
                     await world.recovered(traffic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -114,11 +115,23 @@ def _set(future: asyncio.Future[None], *_: object) -> None:
 class Traffic:
     """For each session, one numbered message to it and one command for it every `period_s`, until `stop`.
 
-    `written` and `asked` are the highest numbers that WhatsApp, or RabbitMQ, has taken over.
+    `written` and `asked` are the highest numbers that WhatsApp, or RabbitMQ, has taken over. Who is `window` numbers ahead of the
+    subscriber waits: what a busy machine cannot pass on at this pace is not piled up.
     """
 
-    def __init__(self, sim: Simulator, service: Service, peer: str, numbers: dict[str, str], period_s: float) -> None:
-        self._sim, self._service, self._peer, self._numbers, self._period_s = sim, service, peer, numbers, period_s
+    def __init__(
+        self,
+        sim: Simulator,
+        service: Service,
+        peer: str,
+        numbers: dict[str, str],
+        ledger: Ledger,
+        *,
+        period_s: float,
+        window: float = math.inf,
+    ) -> None:
+        self._sim, self._service, self._peer, self._numbers = sim, service, peer, numbers
+        self._ledger, self._period_s, self._window = ledger, period_s, window
         self.written: dict[str, int] = defaultdict(int)
         self.asked: dict[str, int] = defaultdict(int)
         self._over = asyncio.Event()
@@ -156,12 +169,12 @@ class Traffic:
             await self._publish(session, number)
 
     async def _write(self, session: str, offset_s: float) -> None:
-        async for number in self._numbers_from(offset_s):
+        async for number in self._numbers_from(offset_s, session, self._ledger.last):
             await self._sim.send(self._peer, self._numbers[session], f"in {session} {number}")
             self.written[session] = number
 
     async def _ask(self, session: str, offset_s: float) -> None:
-        async for number in self._numbers_from(offset_s):
+        async for number in self._numbers_from(offset_s, session, self._ledger.ended):
             await self._publish(session, number)
 
     async def _publish(self, session: str, number: int) -> None:
@@ -170,12 +183,14 @@ class Traffic:
         await self._service.publish(body, session)
         self.asked[session] = number
 
-    async def _numbers_from(self, offset_s: float) -> AsyncIterator[int]:
+    async def _numbers_from(self, offset_s: float, session: str, arrived: dict[str, int]) -> AsyncIterator[int]:
         loop = asyncio.get_running_loop()
         due, number = loop.time() + offset_s, 0
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), max(0.0, due - loop.time()))
+            while number - arrived[session] >= self._window and not self._over.is_set():
+                await asyncio.sleep(PAUSE_S)
             if self._over.is_set():
                 return
             number += 1

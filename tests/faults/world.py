@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -142,8 +143,8 @@ class World:
         states = await self.states()
         return set(states) == set(self.numbers) and set(states.values()) == {"online"}
 
-    def traffic(self, period_s: float) -> Traffic:
-        traffic = Traffic(self.sim, self.service, PEER, self.numbers, period_s)
+    def traffic(self, period_s: float, *, window: float = math.inf) -> Traffic:
+        traffic = Traffic(self.sim, self.service, PEER, self.numbers, self.ledger, period_s=period_s, window=window)
         self._stack.push_async_callback(traffic.abort)
         return traffic
 
@@ -311,7 +312,7 @@ class Disturbances:
         assert len(pids) == 2, pids
         victim = self._chance.choice(sorted(pids))
         os.kill(victim, signal.SIGKILL)
-        await until(lambda: victim not in self._world.warrend.engine_pids(), "the daemon to take notice")
+        await until(lambda: victim not in self._world.warrend.engine_pids(), "the daemon to take notice", RECOVERY_S)
 
     async def kill_rabbitmq(self) -> None:
         self._world.broker.kill()
