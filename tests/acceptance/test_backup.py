@@ -258,6 +258,28 @@ async def test_from_local_to_hybrid_and_back(tmp_path: Path, broker: Broker, pre
         await talks(rig, "acme", "in local")
 
 
+async def test_cloud_mode_has_nothing_on_the_machine_that_is_missed(tmp_path: Path, broker: Broker, prefix: str) -> None:
+    bucket = Bucket(tmp_path)
+    async with Rig(tmp_path, broker.url, prefix, WARREN_STORAGE__MODE="cloud", **bucket.environment(interval_s="1")) as rig:
+        await rig.sim.add_phone(PEER, "Peer")
+        await rig.pair("acme", "15556045001")
+        await talks(rig, "acme", "before")
+        await backed_up(rig, "acme")
+        await rig.sim.send(PEER, rig.number("acme"), "last words", count=5)
+        await until(lambda: len(texts_in(rig, "last words")) == 5, "the messages, confirmed by RabbitMQ")
+        await rig.warrend.kill()
+        shutil.rmtree(rig.warrend.state)  # a tmpfs after a reboot
+        rig.warrend.state.mkdir(mode=0o700)
+        await rig.sim.send(PEER, rig.number("acme"), "while it was down", count=5)
+        after = len(rig.got.events)
+        await rig.restart()
+        await rig.got.event("connected", "acme", after=after)
+        await until(lambda: len(texts_in(rig, "while it was down")) == 5, "what came while it was down", 60)
+        await talks(rig, "acme", "after")
+        assert len(rig.got.of("qr")) >= 1
+        assert not [e for e in rig.got.events[after:] if e["type"] == "warren.qr"]
+
+
 async def test_a_damaged_state_is_set_aside_and_comes_back_from_the_store(tmp_path: Path, broker: Broker, prefix: str) -> None:
     bucket = Bucket(tmp_path)
     async with Rig(tmp_path, broker.url, prefix, **bucket.environment()) as rig:
