@@ -154,6 +154,17 @@ def test_the_first_file_that_exists_is_read(tmp_path: Path, monkeypatch: pytest.
     assert load_settings(write(tmp_path / "given.toml", 'instance = "given"')).instance == "given"
 
 
+def test_a_folder_that_is_closed_to_us_holds_no_file_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As /etc/warren is to people who are not in the group warren."""
+
+    class Closed(type(Path())):  # type: ignore[misc]
+        def exists(self) -> bool:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module, "CONFIG_PLACES", (Closed(tmp_path / "warren.toml"),))
+    assert load_settings().amqp.prefix == "warren"
+
+
 def test_a_named_file_must_exist_and_be_toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "There is no configuration file nowhere.toml. Check --config" in error(Path("nowhere.toml"))
     assert "cannot be read: Is a directory" in error(tmp_path)
