@@ -109,6 +109,7 @@ class Machine:
         options = {
             "interval_s": 0,
             "at_once_s": 0.01,
+            "gap_s": 0.0,
             "retry_base_s": 0.01,
             "retry_cap_s": 0.05,
             "alarm_after": 3,
@@ -285,6 +286,20 @@ async def test_identity_changes_are_backed_up_at_once_others_by_the_timer(machin
     await b.create("other", "one")
     b.backups.changed("other")
     await until(lambda: b.places("other") == ["1/1"], "a backup by the timer")
+
+
+async def test_a_session_that_changes_all_the_time_is_not_put_all_the_time(machines: Any) -> None:
+    a = await machines(gap_s=60.0)
+    await a.create("acme", "one")
+    a.backups.changed("acme", at_once=True)
+    await until(lambda: a.places("acme") == ["1/1"], "the first backup, at once")
+    for n in range(20):
+        await a.write("acme", f"two {n}")
+        a.backups.changed("acme", at_once=True)
+        await asyncio.sleep(0.005)
+    assert a.places("acme") == ["1/1"]
+    assert await a.backups.finish(), "a stop does not wait for the gap"
+    assert a.places("acme") == ["1/1", "1/2"]
 
 
 async def test_a_stop_backs_up_everything_that_changed(machines: Any) -> None:

@@ -46,6 +46,10 @@ class BackupOptions:
     interval_s: float = 300.0
     at_once_s: float = 1.0
     """How long changes that are backed up at once are collected."""
+    gap_s: float = 5.0
+    """Least time between two backups of a session that come by themselves: a session that meets a new contact every second would
+    put that often.
+    """
     concurrency: int = 4
     alarm_after: int = 3
     keep_last: int = 3
@@ -87,6 +91,8 @@ class _Job:
     running: asyncio.Task[None] | None = None
     failures: int = 0
     trouble: str = ""
+    put_at: float = float("-inf")
+    """On the loop's clock."""
     pruned_at: float = 0.0
 
 
@@ -269,7 +275,8 @@ class Backups:
         if self._closing or not job.settled or job.failures:
             return  # it has its time already, or gets it
         if at_once:
-            self._schedule(job, self._options.at_once_s)
+            gap = job.put_at + self._options.gap_s - asyncio.get_running_loop().time()
+            self._schedule(job, max(self._options.at_once_s, gap))
         elif self._options.interval_s:
             # Spread, so that sessions that changed at the same moment are not backed up at the same moment.
             self._schedule(job, self._options.interval_s * (0.5 + self._random01() / 2))
@@ -336,6 +343,7 @@ class Backups:
             return
         row, size = await self._put(job, row, body, database)
         self._metrics.backup(ok=True, size=size)
+        job.put_at = asyncio.get_running_loop().time()
         job.row = replace(row, at=self._now().timestamp(), size=size, digest=digest)
         await self._store.write(PutBackup(job.row))
 
