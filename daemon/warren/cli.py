@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import subprocess
@@ -37,7 +38,7 @@ from warren.cli_base import (
 )
 from warren.cli_text import account, because, columns, event_line, outcome_text, parse_time, sessions_table
 from warren.client import Client, NoAnswer, Subscription, broker_address
-from warren.core.envelope import CreateArgs, Outcome
+from warren.core.envelope import CreateArgs, KeptSettings, Outcome
 from warren.core.machine import State
 from warren.core.names import is_session_id
 from warren.edges.leaving import leave
@@ -109,6 +110,34 @@ def _print_outcome(args: argparse.Namespace, outcome: Outcome) -> None:
         print_json(outcome.body())
     else:
         print(outcome_text(args.session, outcome))
+
+
+def _delete(args: argparse.Namespace) -> int:
+    """Asks first: on a terminal for the id, elsewhere for `--yes`."""
+    if not args.yes:
+        if not sys.stdin.isatty():
+            raise UsageError("Deleting needs a confirmation.", hint="Give --yes, if nothing of the session is needed any more.")
+        question = f"Session {args.session}, its queues, all its backups and their key are deleted, for good. Type its id: "
+        sys.stderr.write(question)
+        sys.stderr.flush()
+        if sys.stdin.readline().strip() != args.session:
+            raise UsageError("That is not its id: nothing was deleted.")
+    return asyncio.run(_call(args, "delete", {}))
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """An argument `name=value`; the value as JSON if it is, else as text."""
+    name, given, value = text.partition("=")
+    if not given or name not in KeptSettings.model_fields:
+        raise argparse.ArgumentTypeError(f"`{text}` is not NAME=VALUE with one of {', '.join(KeptSettings.model_fields)}")
+    if name in {"mark_online", "messages_per_minute"}:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            return name, orjson.loads(value)
+    return name, value
+
+
+def settings_args(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(args.set) | ({"reset": args.reset} if args.reset else {})
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -413,7 +442,10 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     session = commands.add_parser(
-        "session", help="create, send, disconnect, logout, status, list", parents=[common], description="Commands for sessions."
+        "session",
+        help="create, send, settings, disconnect, logout, delete, status, list",
+        parents=[common],
+        description="Commands for sessions.",
     )
     _add_session_commands(session.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser), add)
     backup = commands.add_parser(
@@ -486,6 +518,34 @@ def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser
         add(where, "disconnect", _command("disconnect"), "close the connection; stays linked", "warren session disconnect acme")
     )
     with_id(add(where, "logout", _command("logout"), "unlink the device and forget the session", "warren session logout acme"))
+    delete = with_id(
+        add(
+            where,
+            "delete",
+            _delete,
+            "remove a session, its queues and its backups without telling WhatsApp: nothing brings it back",
+            "warren session delete acme --yes",
+        )
+    )
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    settings = with_id(
+        add(
+            where,
+            "settings",
+            _command("settings", settings_args),
+            "show or change the settings of a session",
+            "warren session settings acme --set messages_per_minute=10 --set mark_online=true --reset proxy",
+        )
+    )
+    settings.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        type=setting,
+        action="append",
+        default=[],
+        help=f"one of {', '.join(KeptSettings.model_fields)}",
+    )
+    settings.add_argument("--reset", metavar="NAME", action="append", default=[], help="back to the default")
     status = add(where, "status", _command("status"), "what one session does", "warren session status acme")
     status.add_argument("session", metavar="ID", type=session_id)
     add(where, "list", _list, "the sessions of all daemons", "warren session list --json")

@@ -44,6 +44,16 @@ def _told_status(session: str, s: dict[str, Any]) -> list[str]:
     return [f"{session}: {s.get('state')} since {s.get('since')}", *(f"  {k:<12} {v}" for k, v in details.items() if v)]
 
 
+def _told_settings(session: str, result: dict[str, Any]) -> list[str]:
+    settings: dict[str, Any] = result.get("settings", {})
+    lines = [f"{name} = {'(default)' if value is None else orjson.dumps(value).decode()}" for name, value in settings.items()]
+    lines = [f"{session}: settings"] + [f"  {line}" for line in lines]
+    if waiting := result.get("waiting"):
+        when = "the next pairing" if waiting == ["device_name"] else "`disconnect` and `create`"
+        lines.append(f"{session}: {', '.join(waiting)} in force after {when}")
+    return lines
+
+
 def _backup(told: Any) -> str | None:
     if not isinstance(told, dict):
         return None
@@ -59,6 +69,8 @@ _OUTCOMES: dict[str, Callable[[str, dict[str, Any]], list[str]]] = {
         f"{session}: {r.get('state')}; `warren session create {session}` connects again without a QR code"
     ],
     "logout": lambda session, _: [f"{session}: unlinked and removed"],
+    "delete": lambda session, _: [f"{session}: deleted; if the phone still lists the device, unlink it there"],
+    "settings": _told_settings,
     "status": _told_status,
     "backup": lambda session, r: [f"{session}: backed up as {r.get('position')} at {r.get('at')}, {r.get('size')} bytes"],
     "restore": lambda session, r: [f"{session}: restored from {r.get('position')}; its events go on in epoch {r.get('epoch')}"],

@@ -52,6 +52,9 @@ WRONG = [
     ["session", "list", "--url", "http://127.0.0.1"],
     ["session", "list", "--config", "missing.toml"],
     ["qr", "../etc"],
+    ["session", "delete", "acme"],
+    ["session", "settings", "acme", "--set", "colour=red"],
+    ["session", "settings", "acme", "--set", "proxy"],
 ]
 
 
@@ -193,3 +196,10 @@ def test_an_interrupted_command_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_only_host_and_port_of_a_url_are_shown(url: str, shown: str) -> None:
     assert client.broker_address(url) == shown
+
+
+def test_settings_are_read_as_what_they_are() -> None:
+    words = ["--set", "messages_per_minute=7", "--set", "mark_online=true", "--set", "device_name=7", "--reset", "proxy"]
+    args = cli.build_parser().parse_args(["session", "settings", "acme", *words])
+    assert cli.settings_args(args) == {"messages_per_minute": 7, "mark_online": True, "device_name": "7", "reset": ["proxy"]}
+    assert cli.settings_args(cli.build_parser().parse_args(["session", "settings", "acme"])) == {}

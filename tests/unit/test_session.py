@@ -535,6 +535,51 @@ async def test_an_alarm_comes_once_in_a_row_of_failures() -> None:
         await true(lambda: store.log.count("reconnect_failed") == 2)
 
 
+async def test_settings_are_kept_and_tell_what_waits_for_a_connection() -> None:
+    async with running(paired=True, settings={"device_name": "Shop", "mark_online": True}) as (session, engines, store):
+        await online(session, engines)
+        asked = {"proxy": "socks5://u:geheim@127.0.0.1:1", "messages_per_minute": 7, "reset": ["mark_online"]}
+        session.command(Command("settings", asked).task())
+        await true(lambda: any("result" in told for told in store.told))
+        result = next(told for told in store.told if "result" in told)["result"]
+        assert result["settings"] == {
+            "device_name": "Shop",
+            "mark_online": None,
+            "proxy": "socks5://u:***@127.0.0.1:1",
+            "messages_per_minute": 7,
+        }
+        assert result["waiting"] == ["mark_online", "proxy"]
+        kept = {"device_name": "Shop", "proxy": "socks5://u:geheim@127.0.0.1:1", "messages_per_minute": 7}
+        assert store.records["acme"].settings == kept
+        assert session.state is State.ONLINE
+
+
+@pytest.mark.parametrize("state", ["online", "backing_off", "logged_out"])
+async def test_delete_closes_and_removes_without_whatsapp(state: str) -> None:
+    halted = "logged_out" if state == "logged_out" else ""
+    async with running(paired=not halted, halted=halted) as (session, engines, store):
+        if state == "backing_off":
+            await opening(engines)
+            engines.says("disconnected", reason="network")
+            await reached(session, State.BACKING_OFF)
+        elif state == "online":
+            await online(session, engines)
+        session.command(Command("delete").task())
+        await true(lambda: store.records["acme"].desired is Desired.REMOVING)
+        await true(lambda: any(told.get("command") == "delete" and told["ok"] for told in store.told))
+        assert "logout" not in engines.asked
+        assert "close" in engines.asked
+        assert [told["code"] for told in store.told if told.get("code") == "deleted"] == ["deleted"]
+
+
+async def test_what_somebody_else_owns_is_not_deleted() -> None:
+    async with running(paired=True, halted="superseded") as (session, _, store):
+        session.command(Command("delete").task())
+        await true(lambda: any("error" in told for told in store.told))
+        assert next(told for told in store.told if "error" in told)["error"]["code"] == "not_now"
+        assert store.records["acme"].desired is Desired.RUNNING
+
+
 async def test_a_logout_that_cannot_be_recorded_holds_up_nobody() -> None:
     async with running(paired=True) as (session, engines, store):
         await online(session, engines)

@@ -192,6 +192,28 @@ class LogoutResult(_Exact):
     """Empty."""
 
 
+class DeleteResult(_Exact):
+    """Empty."""
+
+
+class KeptSettings(_Exact):
+    """As kept with the session; null: the daemon's default."""
+
+    device_name: str | None
+    mark_online: bool | None
+    proxy: str | None
+    """Without its password."""
+    messages_per_minute: Count | None
+
+
+class SettingsResult(_Exact):
+    settings: KeptSettings
+    waiting: list[Word]
+    """Which of the changed ones are not in force yet: `mark_online` and `proxy` are with the next connection (`disconnect`, then
+    `create`), `device_name` with the next pairing.
+    """
+
+
 Position = Annotated[str, Field(pattern=r"^[0-9]+/[0-9]+$")]
 """Of a backup: epoch/sequence."""
 
@@ -357,6 +379,8 @@ REPLIES: dict[str, TypeAdapter[Any]] = {
     "send": TypeAdapter(Completed[Literal["send"], SendResult] | Failed),
     "disconnect": TypeAdapter(Completed[Literal["disconnect"], DisconnectResult] | Failed),
     "logout": TypeAdapter(Completed[Literal["logout"], LogoutResult] | Failed),
+    "delete": TypeAdapter(Completed[Literal["delete"], DeleteResult] | Failed),
+    "settings": TypeAdapter(Completed[Literal["settings"], SettingsResult] | Failed),
     "status": TypeAdapter(Completed[Literal["status"], Status] | Failed),
     "backup": TypeAdapter(Completed[Literal["backup"], BackupResult] | Failed),
     "restore": TypeAdapter(Completed[Literal["restore"], RestoreResult] | Failed),
@@ -369,6 +393,8 @@ AnyCompleted = (
     | Completed[Literal["send"], SendResult]
     | Completed[Literal["disconnect"], DisconnectResult]
     | Completed[Literal["logout"], LogoutResult]
+    | Completed[Literal["delete"], DeleteResult]
+    | Completed[Literal["settings"], SettingsResult]
     | Completed[Literal["status"], Status]
     | Completed[Literal["backup"], BackupResult]
     | Completed[Literal["restore"], RestoreResult]

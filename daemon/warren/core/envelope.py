@@ -6,10 +6,19 @@ import contextlib
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from warren.core.backup_names import Place
 from warren.core.names import (
@@ -42,16 +51,14 @@ class _Strict(BaseModel):
 
 
 class NoArgs(_Strict):
-    """`disconnect`, `logout`, `status`, `backup`, `list`."""
+    """`disconnect`, `logout`, `delete`, `status`, `backup`, `list`."""
 
 
-class CreateArgs(_Strict):
-    """`create`: start a session, and pair it if it has no phone yet."""
+class KeptSettings(_Strict):
+    """What is kept with a session; what is not given stays as it is."""
 
     device_name: Annotated[str, StringConstraints(min_length=1, max_length=50)] | None = None
     """What the phone shows under "Linked devices". Taken when pairing; default: `[whatsapp] device_name`."""
-    phone_number: Annotated[str, StringConstraints(pattern=f"^{_PHONE.pattern}$")] | None = None
-    """Pair by a code that is typed into this phone, instead of a QR code: E.164 with `+`."""
     mark_online: bool | None = None
     """Whether contacts see the account as online while the session is. Kept; default: false."""
     proxy: Annotated[str, StringConstraints(pattern=r"^(http|https|socks5)://[^\s/]+$", max_length=500)] | None = None
@@ -61,8 +68,36 @@ class CreateArgs(_Strict):
     """How many messages the session sends in a minute at most; 0: no limit. Kept; default: `[pacing] messages_per_minute`."""
 
     def settings(self) -> dict[str, Any]:
-        """What is kept with the session: the given ones."""
-        return self.model_dump(exclude={"phone_number"}, exclude_none=True)
+        """The given ones."""
+        return self.model_dump(include=set(KeptSettings.model_fields), exclude_none=True)
+
+
+class CreateArgs(KeptSettings):
+    """`create`: start a session, and pair it if it has no phone yet."""
+
+    phone_number: Annotated[str, StringConstraints(pattern=f"^{_PHONE.pattern}$")] | None = None
+    """Pair by a code that is typed into this phone, instead of a QR code: E.164 with `+`."""
+
+
+SettingName = Literal["device_name", "mark_online", "proxy", "messages_per_minute"]
+
+
+class SettingsArgs(KeptSettings):
+    """`settings`: change what `create` has set, without starting anything; without arguments it only tells."""
+
+    reset: list[SettingName] | None = None
+    """Names of settings that are to have their default again."""
+
+    @model_validator(mode="after")
+    def _set_or_reset(self) -> SettingsArgs:
+        if both := [name for name in self.reset or () if getattr(self, name) is not None]:
+            raise ValueError(f"`{both[0]}` is given and in `reset`")
+        return self
+
+    def applied(self, before: dict[str, Any]) -> dict[str, Any]:
+        """What a session keeps then."""
+        gone = set(self.reset or ())
+        return {**{k: v for k, v in before.items() if k not in gone}, **self.settings()}
 
 
 class SendArgs(_Strict):
@@ -98,14 +133,14 @@ class RestoreArgs(_Strict):
         return at
 
 
-Args = NoArgs | CreateArgs | SendArgs | RestoreArgs
+Args = NoArgs | CreateArgs | SettingsArgs | SendArgs | RestoreArgs
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What a command is: its arguments, the exchange it belongs on, and whether it has an effect (and so needs an id)."""
 
-    args: type[NoArgs | CreateArgs | SendArgs | RestoreArgs]
+    args: type[NoArgs | CreateArgs | SettingsArgs | SendArgs | RestoreArgs]
     exchange: str
     effect: bool = True
 
@@ -114,6 +149,8 @@ COMMANDS: dict[str, Spec] = {
     "create": Spec(CreateArgs, "control"),
     "disconnect": Spec(NoArgs, "control"),
     "logout": Spec(NoArgs, "control"),
+    "delete": Spec(NoArgs, "control"),
+    "settings": Spec(SettingsArgs, "control"),
     "status": Spec(NoArgs, "control", effect=False),
     "backup": Spec(NoArgs, "control"),
     "restore": Spec(RestoreArgs, "control"),

@@ -51,6 +51,11 @@ def redact(text: str) -> str:
     return _NUMBERS.sub(_replace, text)
 
 
+def hide_password(url: str) -> str:
+    """A URL without its password."""
+    return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", url)
+
+
 def redact_fields(fields: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """The fields of a record, nested ones too, fit for a log. Text and what is not plain data is shown as redacted text."""
     return {redact(str(key)): _field(str(key), value, depth) for key, value in fields.items()}

@@ -22,7 +22,7 @@ from loguru import logger
 from warren.core import events
 from warren.core.backoff import delay
 from warren.core.backup_names import Place
-from warren.core.envelope import CreateArgs, Outcome, RestoreArgs, timestamp
+from warren.core.envelope import CreateArgs, KeptSettings, Outcome, RestoreArgs, SettingsArgs, timestamp
 from warren.core.frames import EngineEvent
 from warren.core.limiter import Pace, Window
 from warren.core.machine import (
@@ -40,6 +40,7 @@ from warren.core.machine import (
 )
 from warren.core.metrics import Metrics
 from warren.core.names import event_id
+from warren.core.redact import hide_password
 from warren.errors import CommandError, EngineError, SealError, StateError, StorageError
 from warren.ports import Claim, Desired, Incoming, PutBackup, PutSession, SessionRecord, StateDir, Store
 from warren.services.backup import Backups, no_storage
@@ -227,7 +228,7 @@ class Session:
             self._set_timer(self._left_s(self._until))
 
     def command(self, task: Task) -> None:
-        """`create`, `disconnect` or `logout`."""
+        """Everything but `status` and `send`."""
         self._post(task)
 
     def offer(self, task: Task) -> None:
@@ -394,6 +395,10 @@ class Session:
                     await self._disconnect(task)
                 case "logout":
                     await self._logout(task)
+                case "delete":
+                    await self._delete(task)
+                case "settings":
+                    await self._settings(task)
                 case "backup":
                     self._back_up(task)
                 case "restore":
@@ -469,6 +474,27 @@ class Session:
             )
         else:
             await self._close_beside_and_wait()
+        await self._end(task, _LOGGED_OUT_BY_COMMAND)
+
+    async def _delete(self, task: Task) -> None:
+        """Like a logout that WhatsApp is not told of: for a device that cannot be unlinked from here."""
+        if self.state is State.QUARANTINED and self._cause is not None and self._cause.trigger is Trigger.SUPERSEDED:
+            raise CommandError(
+                "not_now",
+                "Another warren has taken the session over, and its backups would be deleted too.",
+                hint="Delete it there; or take it back with `create`, then `delete`.",
+                final=False,
+            )
+        if self.state in CONNECTED:
+            await self._leave_online()
+        await self._close_beside_and_wait()
+        order, self._order = self._order, None
+        if order is not None:
+            self._deps.outcomes.fail(order, CommandError("not_now", "The session was deleted meanwhile.", final=False))
+        await self._end(task, _DELETED)
+
+    async def _end(self, task: Task, cause: Cause) -> None:
+        """Put on record that the session, which is closed, is to be removed, and then do it."""
         self._over = self._generation
         before = self.state
         # Who hears that it is logged out may create it again at once: that `create` must not land in queues about to be deleted.
@@ -476,9 +502,9 @@ class Session:
         self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="", until="")
         self._until = None
         self._cancel_timer()
-        self._enter(State.STOPPED, _LOGGED_OUT_BY_COMMAND)
+        self._enter(State.STOPPED, cause)
         self._deps.delivery.submit(self.id, "logout", self._told(State.STOPPED, before.value))
-        ticket = self._deps.outcomes.finish(task, Outcome("logout", task.command.id), also=(PutSession(self._record),))
+        ticket = self._deps.outcomes.finish(task, Outcome(task.command.name, task.command.id), also=(PutSession(self._record),))
         # Not awaited: while the disk is full, the actor still has to answer others, and to stop.
         ticket.stored.add_done_callback(lambda _: self._post(_Recorded()))
 
@@ -505,6 +531,23 @@ class Session:
                 final=False,
             ) from e
         self._deps.engines.forget(self.id, self._generation)
+
+    async def _settings(self, task: Task) -> None:
+        """Change what is kept. The pace is looked up at each send; the rest is the engine's, which gets it when it opens."""
+        args = task.command.args
+        assert isinstance(args, SettingsArgs)
+        before = self._record.settings
+        kept = args.applied(before)
+        await self._save(replace(self._record, settings=kept))
+        told = {name: kept.get(name) for name in KeptSettings.model_fields}
+        if told["proxy"] is not None:
+            told["proxy"] = hide_password(told["proxy"])
+        changed = [name for name in told if kept.get(name) != before.get(name)]
+        at_once = {"messages_per_minute"} if self.state in LIVE else {"messages_per_minute", "mark_online", "proxy"}
+        if not self._record.paired and self.state not in LIVE:
+            at_once.add("device_name")
+        waiting = [name for name in changed if name not in at_once]
+        self._deps.outcomes.finish(task, Outcome("settings", task.command.id, {"settings": told, "waiting": waiting}))
 
     # --- backups
 
@@ -1175,6 +1218,12 @@ _FORGOTTEN = Cause(
 )
 _LOGGED_OUT_BY_COMMAND = Cause(
     Trigger.LOGGED_OUT, "logged_out", "`logout` was asked for: the device is unlinked and the session removed."
+)
+_DELETED = Cause(
+    Trigger.LOGGED_OUT,
+    "deleted",
+    "`delete` was asked for: the session and its backups are removed. WhatsApp was not told.",
+    "If the phone still lists the device, unlink it there.",
 )
 
 
