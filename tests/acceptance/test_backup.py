@@ -339,6 +339,15 @@ async def test_restore_on_command(tmp_path: Path, broker: Broker, prefix: str) -
         unlinked = await rig.call("restore", "acme")
         assert unlinked.error is not None
         assert unlinked.error["code"] == "not_now"
+        # A ban is waited out: a restore would connect.
+        await rig.pair("banned", "15556060002")
+        await backed_up(rig, "banned")
+        after = len(rig.got.events)
+        await rig.sim.failure("15556060002", code=402, expire_s=600)
+        await rig.got.event("disconnected", "banned", lambda d: d["state"] == "blocked", after=after)
+        waits = await rig.call("restore", "banned")
+        assert waits.error is not None
+        assert waits.error["code"] == "not_now"
     await bucket.verify()
 
 

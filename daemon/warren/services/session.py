@@ -623,7 +623,8 @@ class Session:
         """Close the session, restore, and go on as before; the outcome comes when it is known."""
         if not self._deps.backups.on:
             raise no_storage()
-        if self._order is not None or self.state in {State.LOGGED_OUT, State.STOPPING}:
+        # A ban is waited out, whatever is asked for: a restore ends in a connection.
+        if self._order is not None or self.state in {State.LOGGED_OUT, State.STOPPING, State.BLOCKED}:
             raise CommandError(
                 "not_now",
                 f"The session is {self.state.value}.",
