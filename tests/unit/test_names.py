@@ -87,9 +87,9 @@ def test_topology_is_as_the_design_says() -> None:
 def test_another_prefix_shares_no_name() -> None:
     def names(t: Topology) -> set[str]:
         fixed = {value for name in dir(type(t)) if isinstance(value := getattr(t, name), str) and not name.startswith("_")}
-        return fixed | {t.control_queue("a"), t.work_queue("a"), t.owner_queue("a"), t.queries_queue("a")}
+        return fixed | {t.control_queue("a"), t.work_queue("a"), t.new_queue("a"), t.owner_queue("a"), t.queries_queue("a")}
 
-    assert len(names(Topology("one"))) == 15
+    assert len(names(Topology("one"))) == 17
     assert not names(Topology("one")) & names(Topology("two"))
 
 
