@@ -46,7 +46,7 @@ async def test_rounds(tmp_path: Path, own_broker: Broker, progress: Progress, re
                     await world.recovered(traffic)
             took = ", ".join(f"{kind} {recoveries.last(kind):.0f} s" for kind, _ in kinds)
             so_far = f"{sum(traffic.written.values())} messages in, {sum(traffic.asked.values())} commands"
-            progress(f"round {number}: {took}; {so_far}; {world.rss_mb():.0f} MB")
+            progress(f"round {number}: {took}; {so_far}; {sum(world.rss_mb()):.0f} MB")
         await traffic.stop()
         await world.settled(traffic)
         counts = await world.count(traffic)

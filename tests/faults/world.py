@@ -195,9 +195,9 @@ class World:
             log.seek(offset)
             return log.read()
 
-    def rss_mb(self) -> float:
-        """Resident memory of the daemon and its engines together."""
-        return sum(_rss_mb(pid) for pid in (self.warrend.pid, *self.warrend.engine_pids()))
+    def rss_mb(self) -> tuple[float, float]:
+        """Resident memory of the daemon, and of its engines together."""
+        return _rss_mb(self.warrend.pid), sum(map(_rss_mb, self.warrend.engine_pids()))
 
     # --- counting
 
