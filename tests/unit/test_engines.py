@@ -98,7 +98,7 @@ async def world() -> AsyncIterator[World]:
 
 
 async def true(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -114,7 +114,7 @@ async def test_a_cancelled_open_waits_for_its_answer_so_that_no_close_overtakes_
     assert not opening.done()
     engine.say({"re": engine.last_id, "session": "acme", "ok": True, "result": {"paired": True}})
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(opening, 5)
+        await asyncio.wait_for(opening, 30)
 
 
 async def test_a_process_above_its_ceiling_is_closed_and_replaced_with_only_its_sessions(world: World) -> None:

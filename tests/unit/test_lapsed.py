@@ -53,7 +53,7 @@ class World:
         """What is published for it."""
         before = len(self.bus.events)
         self.gateway.on_dead(message, reason)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not message.acks + message.requeues:
                 await asyncio.sleep(0.001)
         return self.bus.events[before:]
@@ -149,12 +149,12 @@ async def test_nothing_is_acked_before_its_outcome_is_confirmed() -> None:
         world.bus.gate.clear()
         message = send()
         world.gateway.on_dead(message, "expired")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not world.bus.events:
                 await asyncio.sleep(0.001)
         assert message.acks == 0
         world.bus.gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not message.acks:
                 await asyncio.sleep(0.001)
 
@@ -168,14 +168,14 @@ async def test_what_cannot_be_served_stays_until_rabbitmq_takes_its_outcome(body
         message = Message(body)
         began = time.monotonic()
         world.gateway.on_unclaimed(message)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not message.requeues:
                 await asyncio.sleep(0.001)
         assert time.monotonic() - began >= 0.05
         assert message.acks == 0
         world.bus.answers = lambda _: Published.CONFIRMED
         world.gateway.on_unclaimed(message)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not message.acks:
                 await asyncio.sleep(0.001)
         assert world.bus.published[-1][1] == "acme.command_failed"

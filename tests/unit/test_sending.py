@@ -298,7 +298,7 @@ async def test_stopping_cuts_the_wait_for_a_turn(world: World) -> None:
     lane = world.lane(a_send("1"), a_send("2"))
     await world.ended(1)
     assert lane.busy
-    await asyncio.wait_for(lane.stop(30), 5)
+    await asyncio.wait_for(lane.stop(300), 30)
     assert [m.acks for m in world.queue.messages] == [1, 0]
 
 

@@ -29,7 +29,7 @@ from warren.services.outcomes import MAX_STARTS, Outcomes, Task
 from warren.services.restore import RestoreOptions, Restorer
 from warren.services.session import PAIRING_CODES, Deps, Session, SessionOptions
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 
 class PlayedEngines:
@@ -204,9 +204,9 @@ async def test_attempts_that_get_nowhere_back_off_and_raise_one_alarm() -> None:
             engines.says("disconnected", reason="network")
         await reached(session, State.BACKING_OFF)
         pauses = [b - a for a, b in itertools.pairwise(times)]
-        assert pauses[-1] > pauses[0]
+        assert pauses[-1] > 0.06  # 0.02 at first; a busy machine makes pauses longer, never shorter
         assert session.status()["attempt"] == 5
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             while not store.log or store.rows:
                 await asyncio.sleep(0.005)
         assert store.log.count("reconnect_failed") == 1
@@ -230,7 +230,7 @@ async def test_an_unused_session_is_forgotten_and_tells_before() -> None:
         await reached(session, State.STOPPED)
         assert session.unused
         session.forget()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             while store.records["acme"].desired is not Desired.REMOVING:
                 await asyncio.sleep(0.005)
         assert store.log.count("logout") == 1
@@ -588,7 +588,7 @@ async def test_a_logout_that_cannot_be_recorded_holds_up_nobody() -> None:
         session.command(logout.task())
         session.command(other.task())
         await true(lambda: "logout" in engines.asked)
-        await asyncio.wait_for(session.halt(), 5)
+        await asyncio.wait_for(session.halt(), 30)
         assert (logout.acks, other.acks) == (0, 0)
         store.failing = 0
         await true(lambda: (logout.acks, other.acks) == (1, 1))
