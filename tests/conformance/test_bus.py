@@ -31,7 +31,7 @@ from warren.edges.amqp_publish import PATIENCE, _Pending
 from warren.errors import BrokerUnavailable, ConfigError, OwnershipError
 from warren.ports import Incoming, Published
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 RIPE_S = 1.5
 """As in production; most tests do not wait for it."""
 prefixes = itertools.count(1)
@@ -755,6 +755,29 @@ async def test_a_session_whose_queue_was_just_made_survives_the_death_of_rabbitm
     await until(lambda: all(one.ids(f"s{i}.work") == [f"w{i}"] for i in range(5)))
     left = [queue for queue in (await broker.ctl("-q", "list_queues", "name")).split() if queue.startswith(f"{names.prefix}.")]
     assert not [queue for queue in left if queue.endswith(".new")]
+
+
+async def test_a_queue_made_again_is_not_taken_for_new_at_the_next_start(
+    station: MakeStation, peer: AbstractChannel, names: Topology
+) -> None:
+    one = await station(ripe_s=RIPE_S)
+    claim = await one.claim("acme")
+    await claim.consume_work()
+    first = claim._ripening
+    await peer.queue_delete(names.work_queue("acme"))
+    await until(lambda: claim._ripening is not first)  # it is made again,
+    await peer.queue_delete(names.control_queue("acme"))  # and before it takes commands its channel is lost
+    second = claim._ripening
+    assert second is not None
+    await until(second.done)
+    await until(lambda: claim._kept.up.is_set())
+    await claim.consume_work()
+    await one.order("acme", "w")
+    await until(lambda: one.ids("acme.work") == ["w"])
+    await one.bus.close()
+    two = await station(ripe_s=RIPE_S)
+    await two.keep("acme").consume_work()
+    await until(lambda: two.ids("acme.work") == ["w"])
 
 
 async def test_a_broker_that_comes_back_empty_gets_everything_again(
