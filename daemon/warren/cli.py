@@ -9,7 +9,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,9 +37,8 @@ from warren.cli_base import (
     timeout_of,
 )
 from warren.cli_text import account, because, columns, event_line, outcome_text, parse_time, sessions_table
-from warren.client import Client, NoAnswer, Subscription, broker_address
+from warren.client import Client, NoAnswer, broker_address
 from warren.core.envelope import CreateArgs, KeptSettings, Outcome
-from warren.core.machine import State
 from warren.core.names import is_session_id
 from warren.edges.leaving import leave
 from warren.edges.settings import find_engine_binary
@@ -158,9 +157,6 @@ async def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 # --- qr ---------------------------------------------------------------------------------------------------------------
 
-_ON_THE_WAY = {s.value for s in (State.RESTORING, State.CONNECTING, State.PAIRING, State.BACKING_OFF, State.STOPPING)}
-"""States from which a session gets on without anybody doing anything but scan."""
-
 
 class Pairing:
     """What `warren qr` shows: drawn for a person, as text for a pipe, as JSON lines for a program."""
@@ -169,6 +165,10 @@ class Pairing:
         self._session, self._json = session, as_json
         self._screen = QrScreen(sys.stdout) if sys.stdout.isatty() and not as_json else None
         self._qr: dict[str, Any] | None = None
+
+    def tell(self, what: str, data: dict[str, Any]) -> None:
+        """What `Client.wait_connected` tells."""
+        {"qr": self.qr, "pairing_code": self.pairing_code, "state": self.state}[what](data)
 
     def qr(self, data: dict[str, Any]) -> None:
         if self._qr is not None and self._qr.get("code") == data.get("code"):
@@ -232,77 +232,28 @@ def _qr(args: argparse.Namespace) -> int:
 async def _pair(args: argparse.Namespace, client: Client) -> int:
     """Show codes until the session is connected. `--timeout`, if given, bounds all of it."""
     view = Pairing(args.session, as_json=args.json)
+    ticking = asyncio.create_task(_tick(view))
     try:
         async with asyncio.timeout(args.timeout):
-            await _until_connected(args.session, client, view)
+            view.connected(await client.wait_connected(args.session, view.tell))
     except TimeoutError:
         raise NoAnswer(
             f"Session {args.session} was not connected within {args.timeout:g} s.", hint=f"`warren qr {args.session}` waits on."
         ) from None
+    except CommandError as e:
+        if e.reason == "session_not_found":
+            e.hint = f"`warren session create {args.session}` makes it."
+        raise
     finally:
+        ticking.cancel()
         view.clear()
     return EXIT_OK
 
 
-async def _until_connected(session: str, client: Client, view: Pairing) -> None:
-    # Bound first, then asked: nothing can fall between the answer and the first event.
-    async with client.subscribe(f"{session}.*", tap=True) as subscription:
-        outcome = await client.call("status", session, timeout_s=CALL_TIMEOUT_S)
-        if not outcome.ok:
-            if outcome.error and outcome.error.get("code") == "session_not_found":
-                outcome.error["hint"] = f"`warren session create {session}` makes it."
-            raise Failed(outcome)
-        status = outcome.result
-        if status.get("qr"):
-            view.qr(status["qr"])
-        elif status.get("pairing_code"):
-            view.pairing_code(status["pairing_code"])
-        elif _arrived(session, view, status):
-            return
-        async for event in _with_ticks(subscription, view.tick):
-            # An event from before the answer may come after it.
-            if event.get("time", "") < status["since"]:
-                continue
-            data = event.get("data") or {}
-            if event["type"] == "warren.qr":
-                view.qr(data)
-            elif event["type"] == "warren.pairing_code":
-                view.pairing_code(data)
-            elif "state" in data and _arrived(session, view, data):
-                return
-
-
-def _arrived(session: str, view: Pairing, told: dict[str, Any]) -> bool:
-    """Whether a status or a state event says that it is done. Raises CommandError when it will not happen by itself."""
-    state = told.get("state")
-    if state in {State.ONLINE.value, State.TIME_LOCKED.value}:
-        view.connected(told)
-        return True
-    if state in _ON_THE_WAY:
-        view.state(told)
-        return False
-    raise CommandError(
-        str(told.get("code") or state),
-        f"Session {session} is {state}" + (because(told) or "."),
-        hint=f"`warren session create {session}` tries again." if not told.get("until") else f"It goes on at {told['until']}.",
-    )
-
-
-async def _with_ticks(subscription: Subscription, tick: Callable[[], None]) -> AsyncIterator[dict[str, Any]]:
-    """The events, with a `tick` each second between them."""
-    coming = asyncio.ensure_future(anext(subscription))
-    try:
-        while True:
-            done, _ = await asyncio.wait({coming}, timeout=1.0)
-            if not done:
-                tick()
-                continue
-            event = coming.result()
-            coming = asyncio.ensure_future(anext(subscription))
-            yield event
-    finally:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
+async def _tick(view: Pairing) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        view.tick()
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------
@@ -499,6 +450,7 @@ def _add_session_commands(where: Any, add: Callable[..., argparse.ArgumentParser
     create.add_argument("--phone-number", metavar="+NUMBER", help="pair by a code typed into this phone, instead of a QR code")
     create.add_argument("--mark-online", action=argparse.BooleanOptionalAction, help="whether contacts see the account as online")
     create.add_argument("--proxy", metavar="URL", help="connect through http://, https:// or socks5://[user:password@]host:port")
+    create.add_argument("--messages-per-minute", type=int, metavar="N", help="how many it sends at most; 0: no limit")
     create.add_argument("--wait", action="store_true", help="show the QR or pairing code and wait until connected")
 
     send = with_id(

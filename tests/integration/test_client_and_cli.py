@@ -49,7 +49,7 @@ class Played:
     async def start(self) -> None:
         self._connection = await aio_pika.connect(self.url)
         self._channel = await self._connection.channel()
-        await amqp_topology.declare(self._channel, self.topology, unrouted_ttl_s=60, unrouted_max=100)
+        await amqp_topology.declare(self._channel, self.topology, unrouted_ttl_s=60, unrouted_max=100, dead_max=100)
         for source in (self.topology.unclaimed, self.topology.queries):
             queue = await self._channel.declare_queue(exclusive=True)
             await queue.bind(source)
@@ -248,7 +248,7 @@ async def test_a_durable_queue_keeps_what_was_not_finished(daemon: Played) -> No
             if len(seen) == 2:
                 break
         assert seen == [1, 2]
-        channel = await client._open().channel()
+        channel = await (await client._open()).channel()
         await channel.queue_delete(queue)
 
 
@@ -269,17 +269,89 @@ async def test_a_cancelled_anext_loses_nothing(daemon: Played, client: Client) -
         assert (await anext(events))["data"] == {"n": 1}
 
 
-async def test_a_lost_connection_ends_calls_and_subscriptions(daemon: Played, client: Client) -> None:
+async def cut(client: Client) -> None:
+    await (await client._open()).close(ConnectionResetError("cut"))
+
+
+async def test_a_call_goes_on_over_a_lost_connection_with_the_same_id(daemon: Played, client: Client) -> None:
     daemon.play = lambda _: None
-    async with client.subscribe(tap=True) as events:
-        call, event = asyncio.create_task(client.call("status", "acme")), asyncio.create_task(anext(events))
-        await daemon.command("status")
-        await client._open().close(ConnectionResetError("cut"))
-        for task in (call, event):
+    call = asyncio.create_task(client.call("disconnect", "acme", timeout_s=DEADLINE_S))
+    first, _ = await daemon.command("disconnect")
+    daemon.play = lambda command: ok(command, state="stopped")
+    await cut(client)
+    assert (await asyncio.wait_for(call, DEADLINE_S)).result == {"state": "stopped"}
+    assert [command["id"] for command, _ in daemon.commands] == [first["id"]] * 2
+
+
+async def test_what_may_have_been_published_is_told_apart_from_what_was_not(
+    daemon: Played, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.play = lambda _: None
+    call = asyncio.create_task(client.call("disconnect", "acme", id="D1", timeout_s=1.5))
+    await daemon.command("disconnect")
+    monkeypatch.setattr(client, "_url", "amqp://u:geheim@127.0.0.1:1/")
+    await cut(client)
+    with pytest.raises(NoAnswer, match=r"same id \(D1\)"):
+        await asyncio.wait_for(call, DEADLINE_S)
+    with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1 cannot be reached"):
+        await client.call("disconnect", "acme", timeout_s=0.5)
+
+
+async def test_events_go_on_over_a_lost_connection(daemon: Played, client: Client) -> None:
+    queue = f"{daemon.prefix}.mine"
+    async with client.subscribe("acme.*", queue=queue) as events:
+        await daemon.event("acme", "message", {"n": 0})
+        assert (await anext(events))["data"] == {"n": 0}
+        await cut(client)
+        await daemon.event("acme", "message", {"n": 1})
+        seen = {(await anext(events))["data"]["n"] for _ in range(2)}
+        assert seen == {0, 1}, "what was in hand comes again, nothing is missed"
+        waiting = asyncio.create_task(anext(events))
+        await cut(client)
+        await daemon.event("acme", "message", {"n": 2})
+        numbers = [(await asyncio.wait_for(waiting, DEADLINE_S))["data"]["n"]]
+        while numbers[-1] != 2 and len(numbers) < 3:  # the last ack may have been lost
+            numbers.append((await anext(events))["data"]["n"])
+        assert numbers[-1] == 2
+    channel = await (await client._open()).channel()
+    await channel.queue_delete(queue)
+
+
+async def test_a_subscription_that_shall_not_reconnect_ends(daemon: Played, client: Client) -> None:
+    async with client.subscribe(tap=True, reconnect=False) as events:
+        event = asyncio.create_task(anext(events))
+        await asyncio.sleep(0)
+        await cut(client)
+        for _ in range(2):
             with pytest.raises(BrokerUnavailable):
-                await asyncio.wait_for(task, DEADLINE_S)
+                await asyncio.wait_for(event, DEADLINE_S)
+            event = asyncio.create_task(anext(events))
         with pytest.raises(BrokerUnavailable):
-            await client.call("status", "acme")
+            await event
+
+
+async def test_waiting_for_connected_goes_on_over_a_lost_connection(daemon: Played, client: Client) -> None:
+    told: list[tuple[str, Any]] = []
+    daemon.play = lambda c: ok(c, **status("pairing", qr=qr()))
+    waiting = asyncio.create_task(
+        client.connect("acme", {"device_name": "Shop"}, tell=lambda what, d: told.append((what, d["code"])))
+    )
+    await daemon.command("status")
+    async with asyncio.timeout(DEADLINE_S):
+        while not told:
+            await asyncio.sleep(0.01)
+    daemon.play = lambda c: ok(c, **status("online", jid="15550001:2@s.whatsapp.net", push_name="Ana"))
+    await cut(client)
+    assert (await asyncio.wait_for(waiting, DEADLINE_S))["push_name"] == "Ana"
+    assert told == [("qr", CODE)]
+    assert (await daemon.command("create"))[0]["args"] == {"device_name": "Shop"}
+
+
+async def test_a_send_that_failed_is_an_error(daemon: Played, client: Client) -> None:
+    daemon.play = lambda c: failed(c, "recipient_not_found")
+    with pytest.raises(CommandError, match="It failed") as caught:
+        await client.send("acme", "+15551234567", "hi")
+    assert caught.value.reason == "recipient_not_found"
 
 
 async def test_unreachable_and_refused_are_told_apart_and_tell_no_password(broker: RunningBroker) -> None:
@@ -563,3 +635,43 @@ async def test_the_example_of_the_documentation_runs(daemon: Played, tmp_path: P
     finally:
         process.kill()
         await process.wait()
+
+
+async def test_the_example_of_the_readme_runs(daemon: Played, tmp_path: Path) -> None:
+    code = (Path(__file__).parents[2] / "README.md").read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    assert len([line for line in code.splitlines() if line]) <= 15
+    here = code.replace('"amqp://guest:guest@127.0.0.1/"', f'"{daemon.url}", "{daemon.prefix}"')
+    (tmp_path / "example.py").write_text(here.replace('"my-service"', f'"{daemon.prefix}.mine"'))
+
+    def play(command: dict[str, Any]) -> dict[str, Any]:
+        match command["command"]:
+            case "create":
+                return ok(command, session="acme", state="connecting", epoch=1)
+            case "status":
+                return ok(command, **status("connecting", code="connecting"))
+        return ok(command, message_id="3EB0", timestamp="2030-11-20T12:00:00.000Z")
+
+    daemon.play = play
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-u", "example.py", cwd=tmp_path, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await daemon.command("status")
+            await daemon.event("acme", "qr", qr())
+            await daemon.event("acme", "connected", ONLINE)
+            lines = [(await process.stdout.readline()).decode() for _ in range(3)]
+            assert lines == ["state connecting\n", f"qr {CODE}\n", "connected as 15550001:2@s.whatsapp.net\n"]
+            command, _ = await daemon.command("send")
+            assert (command["id"], command["args"]) == ("order-4711", {"to": "+15551234567", "text": "Shipped."})
+            heard = asyncio.create_task(process.stdout.readline())
+            while not heard.done():  # bound only after the send
+                await daemon.event("acme", "message", {"push_name": "Ana", "text": "Thanks"})
+                await asyncio.wait({heard}, timeout=0.2)
+            assert heard.result() == b"Ana Thanks\n"
+    finally:
+        process.kill()
+        await process.wait()
+        channel = await daemon._connection.channel()
+        await channel.queue_delete(f"{daemon.prefix}.mine")
