@@ -388,6 +388,7 @@ class AmqpClaim:
         await control.bind(names.control, self.session)
         new = await self._is_new(link)
         if new:
+            self._ripe = False  # also when it was before: a marker that is left behind has the next daemon delete commands
             await channel.declare_queue(self._new, durable=True)
             await intake.channel.queue_delete(self._work, timeout=self._options.request_timeout_s)
         work = await channel.declare_queue(self._work, durable=True, arguments=work_queue_arguments(names))
