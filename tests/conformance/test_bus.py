@@ -770,7 +770,7 @@ async def test_a_queue_made_again_is_not_taken_for_new_at_the_next_start(
     second = claim._ripening
     assert second is not None
     await until(second.done)
-    await until(lambda: claim._kept.up.is_set())
+    await until(claim._kept.up.is_set)
     await claim.consume_work()
     await one.order("acme", "w")
     await until(lambda: one.ids("acme.work") == ["w"])
