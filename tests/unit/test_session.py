@@ -485,6 +485,24 @@ async def test_a_bug_in_a_wait_leaves_no_session_behind(monkeypatch: pytest.Monk
         await opening(engines)
 
 
+async def test_a_bug_while_it_opens_or_closes_leaves_no_session_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(paired=True) as (session, engines, _):
+        await online(session, engines)
+        whole = engines.open
+
+        async def broken(*_: Any, **__: Any) -> dict[str, Any]:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(engines, "open", broken)
+        monkeypatch.setitem(cast(Any, engines.refusals), "close", ZeroDivisionError())
+        engines.says("disconnected", reason="network")
+        await true(lambda: session.status()["code"] == "internal")
+        monkeypatch.setattr(engines, "open", whole)
+        await online(session, engines)
+        session.command(Command("disconnect").task())
+        await reached(session, State.STOPPED)
+
+
 async def test_an_engine_that_floods_is_told_apart_and_its_end_is_heard() -> None:
     async with running(paired=True) as (session, engines, _):
         await online(session, engines)

@@ -968,6 +968,15 @@ class Session:
         if before is not None:
             await asyncio.gather(before, return_exceptions=True)
         try:
+            await self._try_to_open(generation, heard)
+        except Exception:
+            # Nobody else would hear of it, and the session would stay CONNECTING for ever.
+            self._log.bind(action="session_bug").exception("Opening the session met a bug.")
+            await self._request_close(generation)
+            self._lost(generation, "internal")
+
+    async def _try_to_open(self, generation: int, heard: asyncio.Event) -> None:
+        try:
             if not await self._may_open(generation):
                 return
             async with self._deps.connecting:
@@ -1038,6 +1047,8 @@ class Session:
         except EngineError as e:
             if e.engine_code not in {"not_open", "gone"}:
                 self._log.bind(action="close_failed", reason=e.engine_code).warning("The engine did not close the session: {}", e)
+        except Exception:
+            self._log.bind(action="session_bug").exception("Closing the session met a bug.")
         self._deps.engines.forget(self.id, generation)
 
     async def _close_beside_and_wait(self) -> None:
