@@ -322,6 +322,19 @@ async def test_commands_that_wait_too_long_go_back_in_order_and_come_again(world
     assert all(b - a > 0.2 for a, b in pairwise(at for _, at in world.sent))
 
 
+async def test_after_a_bug_of_the_lane_its_commands_come_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up, bugs = world.store.outcome, iter([True])
+
+    async def broken(session: str, command_id: str) -> Any:
+        if next(bugs, False):
+            raise ZeroDivisionError
+        return await look_up(session, command_id)
+
+    monkeypatch.setattr(world.store, "outcome", broken)
+    world.lane(a_send("1", expires_in_s=-1), a_send("2"))
+    assert await world.ended(2) == ["expired", "ok"]
+
+
 async def test_a_full_outbox_holds_no_command_and_makes_none_go_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HELD_S", 0.1)
     monkeypatch.setattr("warren.services.delivery.ROOM_POLL_S", 0.01)

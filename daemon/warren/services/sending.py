@@ -159,6 +159,9 @@ class SendLane:
                     await self._give_back()
             except Exception:
                 self._log.bind(action="session_bug").exception("The send lane met a bug.")
+                self._taking = False
+                # What it had taken would else stay unsettled, and fill the prefetch, for as long as the session is online.
+                await asyncio.gather(self._claim.pause_work(), return_exceptions=True)
                 await self._first(asyncio.sleep(RETRY_PAUSE_S))
             finally:
                 self._taking = False
