@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from warren import __version__, cli_backup, cli_import
+from warren import __version__, cli_backup, cli_doctor, cli_import
 from warren.cli_base import (
     CALL_TIMEOUT_S,
     EXIT_CODES,
@@ -414,6 +414,7 @@ def build_parser() -> argparse.ArgumentParser:
         add,
     )
     cli_import.add_command(commands, add)
+    cli_doctor.add_command(commands, add)
     qr = add(commands, "qr", _qr, "draw the QR code of a session, renewed until it is connected", "warren qr acme")
     qr.add_argument("session", metavar="SESSION", type=session_id)
     watch = add(
