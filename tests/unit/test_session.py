@@ -503,6 +503,19 @@ async def test_a_bug_while_it_opens_or_closes_leaves_no_session_behind(monkeypat
         await reached(session, State.STOPPED)
 
 
+async def test_a_session_that_goes_answers_the_backup_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queues are deleted only when every command that was taken from them is answered."""
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        monkeypatch.setattr(session._deps.backups, "now", lambda _: asyncio.Event().wait())
+        backup, logout = Command("backup"), Command("logout")
+        session.command(backup.task())
+        await true(lambda: session._backing_up)
+        session.command(logout.task())
+        await true(lambda: logout.acks == backup.acks == 1)
+        assert [told["id"] for told in store.told if "ok" in told] == ["backup-1", "logout-1"]
+
+
 async def test_an_engine_that_floods_is_told_apart_and_its_end_is_heard() -> None:
     async with running(paired=True) as (session, engines, _):
         await online(session, engines)

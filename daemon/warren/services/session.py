@@ -211,7 +211,7 @@ class Session:
         self._looking: asyncio.Task[None] | None = None
         self._order: Task | None = None
         self._rescued = False
-        self._backing_up: set[asyncio.Task[None]] = set()
+        self._backing_up: dict[asyncio.Task[None], Task] = {}
         self._log = logger.bind(session=self.id)
         deps.delivery.begin(record)
         deps.backups.begin(self)
@@ -488,9 +488,6 @@ class Session:
         if self.state in CONNECTED:
             await self._leave_online()
         await self._close_beside_and_wait()
-        order, self._order = self._order, None
-        if order is not None:
-            self._deps.outcomes.fail(order, CommandError("not_now", "The session was deleted meanwhile.", final=False))
         await self._end(task, _DELETED)
 
     async def _end(self, task: Task, cause: Cause) -> None:
@@ -499,6 +496,7 @@ class Session:
         before = self.state
         # Who hears that it is logged out may create it again at once: that `create` must not land in queues about to be deleted.
         await self._claim.unbind()
+        self._answer_what_runs_beside()
         self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="", until="")
         self._until = None
         self._cancel_timer()
@@ -507,6 +505,13 @@ class Session:
         ticket = self._deps.outcomes.finish(task, Outcome(task.command.name, task.command.id), also=(PutSession(self._record),))
         # Not awaited: while the disk is full, the actor still has to answer others, and to stop.
         ticket.stored.add_done_callback(lambda _: self._post(_Recorded()))
+
+    def _answer_what_runs_beside(self) -> None:
+        """The session goes: its queues are deleted only when everything that was taken from them is answered."""
+        cut = [task for running, task in self._backing_up.items() if running.cancel()]
+        order, self._order = self._order, None
+        for task in cut if order is None else [*cut, order]:
+            self._deps.outcomes.fail(task, CommandError("not_now", "The session was removed meanwhile.", final=False))
 
     def _remove(self) -> None:
         """It is on disk that the session is to go."""
@@ -556,6 +561,7 @@ class Session:
             return
         before = self.state
         await self._claim.unbind()
+        self._answer_what_runs_beside()
         self._record = replace(self._record, desired=Desired.REMOVING, paired=False, halted="")
         self._cancel_timer()
         self._enter(State.STOPPED, _FORGOTTEN)
@@ -616,8 +622,8 @@ class Session:
             self._deps.outcomes.finish(task, Outcome("backup", task.command.id, told))
 
         running = asyncio.create_task(run(), name=f"backup-command.{self.id}")
-        self._backing_up.add(running)
-        running.add_done_callback(self._backing_up.discard)
+        self._backing_up[running] = task
+        running.add_done_callback(self._backing_up.pop)
 
     async def _restore(self, task: Task) -> None:
         """Close the session, restore, and go on as before; the outcome comes when it is known."""
