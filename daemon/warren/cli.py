@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import orjson
 
-from warren import __version__, cli_backup, cli_doctor, cli_import
+from warren import __version__, cli_backup, cli_doctor, cli_import, cli_queues
 from warren.cli_base import (
     CALL_TIMEOUT_S,
     EXIT_CODES,
@@ -411,6 +411,23 @@ def build_parser() -> argparse.ArgumentParser:
     cli_backup.add_commands(
         backup.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
         keys.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
+        add,
+    )
+    dead = commands.add_parser(
+        "dead",
+        help="list, show, replay, drop",
+        parents=[common],
+        description="Commands that could not be executed (`warren.dead`).",
+    )
+    kept = commands.add_parser(
+        "events",
+        help="list, replay",
+        parents=[common],
+        description="Events that had no subscriber (`warren.events.unrouted`). To see events as they happen: `warren watch`.",
+    )
+    cli_queues.add_commands(
+        dead.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
+        kept.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser),
         add,
     )
     cli_import.add_command(commands, add)

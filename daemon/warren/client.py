@@ -254,7 +254,7 @@ class Client:
             del self._waiting[correlation_id]
 
     async def _publish(self, exchange: str, routing_key: str, body: dict[str, Any], correlation_id: str) -> None:
-        with _in_words(exchange):
+        with in_words(exchange):
             channel = await self._channel()
         message = aio_pika.Message(
             orjson.dumps(body),
@@ -264,7 +264,7 @@ class Client:
             correlation_id=correlation_id,
             reply_to=self._reply_to,
         )
-        with _in_words(exchange, maybe=True):
+        with in_words(exchange, maybe=True):
             await (await channel.get_exchange(exchange, ensure=False)).publish(message, routing_key, mandatory=False)
 
     async def _channel(self) -> AbstractChannel:
@@ -348,7 +348,7 @@ class Subscription:
         """Once. Raises BrokerUnavailable, NoAnswer."""
         # What an earlier channel delivered is delivered again.
         incoming = self._incoming = asyncio.Queue()
-        with _in_words(self._exchange):
+        with in_words(self._exchange):
             channel = self._channel = await (await self._connection()).channel()
             await channel.set_qos(prefetch_count=PREFETCH)
             if self._queue is None:
@@ -399,7 +399,7 @@ class Subscription:
     async def _settle(self) -> None:
         done, self._current = self._current, None
         if done is not None:
-            with contextlib.suppress(BrokerUnavailable), _in_words(self._exchange):  # a lost ack means: delivered again
+            with contextlib.suppress(BrokerUnavailable), in_words(self._exchange):  # a lost ack means: delivered again
                 await done.ack()
 
 
@@ -504,7 +504,7 @@ def _arrived(session: str, told: dict[str, Any], tell: Tell) -> bool:
 
 
 @contextlib.contextmanager
-def _in_words(exchange: str, *, maybe: bool = False) -> Iterator[None]:
+def in_words(exchange: str, *, maybe: bool = False) -> Iterator[None]:
     """What RabbitMQ says, and what aiormq raises for a lost connection (a bare CancelledError or Exception too), as ours."""
     try:
         yield

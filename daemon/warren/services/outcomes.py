@@ -210,6 +210,8 @@ class Outcomes:
         """Put a copy of a command into the dead queue, with the reason. False: RabbitMQ did not confirm it."""
         logger.bind(action="command_dead", reason=error.reason).warning("A command goes to the dead queue: {}", error)
         headers = {"x-warren-reason": error.reason, "x-warren-message": error.message, "x-warren-exchange": incoming.exchange}
+        if incoming.message_id is not None:
+            headers["x-warren-message-id"] = incoming.message_id  # may be all that names the command, when it is replayed
         published = await self._bus.publish(
             self._topology.dead,
             incoming.routing_key,
