@@ -516,6 +516,30 @@ async def test_a_session_that_goes_answers_the_backup_under_way(monkeypatch: pyt
         assert [told["id"] for told in store.told if "ok" in told] == ["backup-1", "logout-1"]
 
 
+async def test_commands_do_not_wait_for_ever_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would fill the prefetch, and with it the way in for sessions that have nothing to do with it."""
+    back = asyncio.Event()
+
+    async def check(_: Any, record: SessionRecord, tell: Any) -> None:
+        if not back.is_set():
+            tell("storage_unavailable", "away")
+            await back.wait()
+
+    monkeypatch.setattr(Backups, "on", property(lambda _: True))
+    monkeypatch.setattr(Restorer, "check", check)
+    monkeypatch.setattr(module, "LOOK_BACK_S", 0.05)
+    async with running(desired=Desired.STOPPED) as (session, engines, store):
+        await reached(session, State.RESTORING)
+        create = Command("create")
+        session.command(create.task())
+        await true(lambda: create.acks == 1)
+        assert store.told[-1]["error"]["code"] == "not_now"
+        back.set()
+        await reached(session, State.STOPPED)
+        session.command(Command("create").task())
+        await opening(engines)
+
+
 async def test_an_engine_that_floods_is_told_apart_and_its_end_is_heard() -> None:
     async with running(paired=True) as (session, engines, _):
         await online(session, engines)

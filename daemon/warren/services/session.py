@@ -60,6 +60,8 @@ LOGOUT_TIMEOUT_S = 25.0
 """Above the engine's own 20 s."""
 SEND_GRACE_S = 5.0
 """How long leaving ONLINE waits for the send under way."""
+LOOK_BACK_S = 60.0
+"""How long commands wait for what the store knows of their session; then they are refused, and may be published again."""
 SETTLE_TIMEOUT_S = 90.0
 """Longest time from `open` to the first word about it."""
 REPLACED_RETRY_S = 60.0
@@ -576,13 +578,23 @@ class Session:
         if self._record.paired or self._record.halted or not self._deps.backups.on:
             return
         self._looking = asyncio.create_task(self._until_known(), name=f"look-back.{self.id}")
-        await asyncio.wait({self._looking})
+        while not (await asyncio.wait({self._looking}, timeout=LOOK_BACK_S))[0]:
+            self._refuse_until_known()
         looking, self._looking = self._looking, None
         if looking.cancelled() or self.state is State.RESTORING:
             self._enter(State.STOPPED, None)
         elif (bug := looking.exception()) is not None:
             # Not settled: its first `open` looks again, and says what is wrong.
             self._log.bind(action="session_bug").opt(exception=bug).error("Looking for backups of the session failed.")
+
+    def _refuse_until_known(self) -> None:
+        """What has come meanwhile is answered: it must not stay unsettled, in the prefetch, for as long as the store is away."""
+        for item in [self._mailbox.get_nowait() for _ in range(self._mailbox.qsize())]:
+            if isinstance(item, Task):
+                away = "The store that may hold the session's backups does not answer."
+                self._deps.outcomes.fail(item, CommandError("not_now", away, hint="Publish it again later.", final=False))
+            else:
+                self._post(item)
 
     async def _until_known(self) -> None:
         try:
