@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -17,11 +18,13 @@ from tests.fakes import MemoryBus, MemoryObjects, MemoryStore
 from warren.core.backup_names import Names, Place
 from warren.core.names import Topology
 from warren.core.sealing import Keyring, Kind, MasterKey
+from warren.edges.objects_directory import DirectoryObjects
 from warren.edges.statedir import StateDirectory
 from warren.errors import CommandError, EngineError, SealError, StorageError
-from warren.ports import Desired, JournalRow, PutBackup, PutOutcome, PutPacing, PutSession, SessionRecord
+from warren.ports import Desired, JournalRow, PutBackup, PutOutcome, PutPacing, PutSession, RemoveBackup, SessionRecord
 from warren.services.backup import BackupOptions, Backups
 from warren.services.delivery import Delivery, DeliveryOptions
+from warren.services.fleet import Fleet, FleetOptions
 from warren.services.restore import Restored, RestoreOptions, Restorer
 from warren.services.session_record import decode, decode_end
 from warren.services.vault import Vault, sha256
@@ -318,6 +321,21 @@ async def test_a_stop_backs_up_everything_that_changed(machines: Any) -> None:
     assert not await a.backups.finish(), "a stop says that something is on this disk only"
 
 
+async def test_a_backup_on_command_of_a_session_that_changes_meanwhile_is_one(machines: Any) -> None:
+    a = await machines()
+    await a.create("acme", "one")
+    copy = a.engines.snapshot
+
+    async def busy(*args: Any) -> Any:
+        copied = await copy(*args)
+        a.backups.changed("acme")
+        return copied
+
+    a.engines.snapshot = busy
+    assert await a.back_up("acme", "two") == "1/1"
+    assert a.backups.status("acme")["pending"], "and what came meanwhile is not forgotten"
+
+
 async def test_few_backups_at_once(machines: Any, objects: MemoryObjects) -> None:
     a = await machines(concurrency=2)
     for n in range(6):
@@ -602,6 +620,79 @@ async def test_an_unreadable_state_is_set_aside_and_replaced_by_a_backup_that_is
     assert await a.restorer.rescue(a.owners["other"].record, lambda *_: None) is None
 
 
+async def test_while_a_damaged_state_is_replaced_nothing_is_backed_up_under_the_old_position(machines: Any) -> None:
+    a = await machines()
+    owner = await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    (a.base / "sessions" / "acme" / "1" / "state.db").write_bytes(b"ruins")
+    assert await a.restorer.rescue(owner.record, lambda *_: None) is not None
+    # The session was stopped before it could take that up, so the registry knows nothing of it.
+    await a.write("acme", "two")
+    a.backups.changed("acme", at_once=True)
+    with pytest.raises(CommandError):
+        await a.backups.now("acme")
+    assert not owner.gone.is_set(), "our own seal is no stranger"
+    await a.take_up("acme", await a.restorer.check(owner.record, lambda *_: None))
+    assert await a.text("acme") == "one"
+
+
+async def test_a_damaged_state_is_replaced_also_before_the_first_backup_of_its_epoch(machines: Any) -> None:
+    a, b = await machines("a"), await machines("b")
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    owner = b.serve(SessionRecord("acme", 1, Desired.RUNNING))
+    epoch = (await b.check("acme")).row.epoch
+    (b.base / "sessions" / "acme" / str(epoch) / "state.db").write_bytes(b"ruins")
+    restored = await b.restorer.rescue(owner.record, lambda *_: None)
+    await b.take_up("acme", restored)
+    assert await b.text("acme") == "one"
+
+
+async def test_a_damaged_state_beside_a_rebuilt_registry_is_replaced_but_not_by_a_phone_of_before(machines: Any) -> None:
+    a = await machines()
+    owner = await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    await a.create("other", "one")
+    await a.back_up("other", "one")
+    (a.base / "sessions" / "acme" / "1" / "state.db").write_bytes(b"ruins")
+    assert await a.restorer.rescue(replace(owner.record, epoch=2), lambda *_: None) is not None
+    # Linked anew, and never backed up since: the backup is of a device that WhatsApp has unlinked.
+    await a.states.prepare("other", 2)
+    (a.base / "sessions" / "other" / "2" / "state.db").write_bytes(b"ruins")
+    assert await a.restorer.rescue(replace(a.owners["other"].record, epoch=2), lambda *_: None) is None
+
+
+async def test_an_epoch_that_has_passed_another_owners_makes_nothing_newer(machines: Any) -> None:
+    """A registry that was rebuilt counts its epochs on, whatever has happened in the store."""
+    a, b = await machines("a"), await machines("b")
+    await a.create("acme", "one")
+    await a.back_up("acme", "a1")
+    b.serve(SessionRecord("acme", 1, Desired.RUNNING))
+    await b.check("acme")
+    await b.back_up("acme", "b1")
+    await a.again()
+    a.owners["acme"].record = replace(a.owners["acme"].record, epoch=3)
+    assert await a.check("acme") is not None
+    assert await a.text("acme") == "b1"
+
+
+async def test_an_epoch_that_the_store_has_passed_is_not_written_to(machines: Any, objects: MemoryObjects) -> None:
+    a = await machines(keep_last=1, keep_days=0)
+    await a.create("acme", "one", epoch=3)
+    await a.back_up("acme", "one")
+    await a.again()
+    owner = a.owners["acme"]
+    owner.record = replace(owner.record, epoch=2)  # rebuilt from its directory only
+    await a.store.write(RemoveBackup("acme"))
+    objects.denied = True
+    assert await a.check("acme") is None
+    objects.denied = False
+    await a.write("acme", "two")
+    a.backups.changed("acme", at_once=True)
+    await asyncio.wait_for(owner.gone.wait(), 30)
+    assert a.places("acme") == ["3/1"]
+
+
 # --- on an empty machine ----------------------------------------------------------------------------------------------
 
 
@@ -651,6 +742,85 @@ async def test_how_long_nobody_has_used_a_session_is_kept_over_restarts(machines
     assert await a.backups.unused_s("acme", unused=False) == 0.0
     assert await a.backups.unused_s("acme", unused=True) < 60
     assert owner.id == "acme"
+
+
+async def test_what_is_used_for_some_minutes_a_day_is_in_use(machines: Any) -> None:
+    a = await machines()
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    await a.store.write(PutBackup(replace(await a.store.backup("acme"), idle_since=1_000.0)))
+    a.backups.changed("acme")  # `create` and `disconnect`, between two looks
+    assert await a.backups.unused_s("acme", unused=True) < 60
+    await a.store.write(PutBackup(replace(await a.store.backup("acme"), idle_since=1_000.0)))
+    await a.again()
+    await a.check("acme")
+    a.backups.changed("acme")
+    await a.back_up("acme", "two")
+    await a.again()  # before anybody has looked
+    assert await a.backups.unused_s("acme", unused=True) < 60
+
+
+async def test_whose_the_newest_backup_is(machines: Any) -> None:
+    a, b = await machines("a"), await machines("b")
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    assert await a.backups.newest_is_ours("acme")
+    b.serve(SessionRecord("acme", 1, Desired.RUNNING))
+    await b.check("acme")
+    for _ in range(2):
+        assert not await a.backups.newest_is_ours("acme"), "removing it here would delete what b lives on"
+        assert await b.backups.newest_is_ours("acme")
+        await b.back_up("acme", "b1")
+
+
+async def test_a_session_that_was_created_again_elsewhere_has_a_key_of_its_own(machines: Any) -> None:
+    a, b = await machines("a"), await machines("b")
+    await b.create("acme", "one")
+    await b.back_up("acme", "b1")
+    assert await a.restorer.peek("acme") is not None
+    b.backups.end("acme")
+    await b.backups.forget("acme")
+    await b.create("acme", "two")
+    await b.back_up("acme", "b2")
+    a.serve(SessionRecord("acme", 1, Desired.RUNNING))
+    await a.check("acme")
+    assert await a.text("acme") == "b2"
+
+
+async def test_a_disk_that_was_unmounted_is_no_empty_store(tmp_path: Path) -> None:
+    root = tmp_path / "disk"
+    root.mkdir()
+    vault = Vault(DirectoryObjects(root), Names("warren"), Keyring(MASTER))
+    await vault.check()
+    assert await vault.listed("acme") == {}
+    root.rename(tmp_path / "unmounted")
+    root.mkdir()
+    for ask in (vault.listed("acme"), vault.sessions(), vault.key("acme", make=True), vault.forget("acme")):
+        with pytest.raises(StorageError, match="lost everything"):
+            await ask
+    assert not (root / "warren").exists()
+
+
+async def test_one_session_that_cannot_be_read_keeps_no_other_from_being_taken_up() -> None:
+    looked_at: list[str] = []
+    connected = asyncio.Event()
+    connected.set()
+
+    class Restorer:
+        async def strangers(self, known: object) -> list[str]:
+            return ["a", "b", "c"]
+
+        async def peek(self, session: str) -> None:
+            looked_at.append(session)
+            if session == "b":
+                raise StorageError("This file cannot be read.", kind="unavailable")
+
+    deps: Any = SimpleNamespace(restorer=Restorer(), random01=lambda: 0.5)
+    bus: Any = SimpleNamespace(connected=connected)
+    adopting = asyncio.create_task(Fleet(bus, MemoryStore(), lambda _: deps, FleetOptions())._adopt_all())
+    await until(lambda: "c" in looked_at, "the session behind the bad one")
+    adopting.cancel()
+    await asyncio.gather(adopting, return_exceptions=True)
 
 
 async def test_old_backups_go(machines: Any, objects: MemoryObjects) -> None:

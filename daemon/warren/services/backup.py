@@ -21,7 +21,7 @@ from loguru import logger
 
 from warren.core.backoff import delay
 from warren.core.backup_names import Place
-from warren.core.backup_plan import DAY_S, prune
+from warren.core.backup_plan import DAY_S, newest, prune
 from warren.core.envelope import timestamp
 from warren.core.metrics import Metrics
 from warren.errors import CommandError, StateError, StorageError, WarrenError
@@ -88,12 +88,14 @@ class _Job:
     dirty: bool = False
     dirty_since: datetime | None = None
     timer: asyncio.TimerHandle | None = None
-    running: asyncio.Task[None] | None = None
+    running: asyncio.Task[bool] | None = None
     failures: int = 0
     trouble: str = ""
     put_at: float = float("-inf")
     """On the loop's clock."""
     pruned_at: float = 0.0
+    used: bool = False
+    """Something of it has changed since `unused_s` last looked."""
 
 
 class Backups:
@@ -183,17 +185,29 @@ class Backups:
             row, now = await self._store.backup(session), self._now().timestamp()
             if row is None:
                 return 0.0
-            since = (row.idle_since or now) if unused else 0.0
+            # Who connects for some minutes a day is seen by no look.
+            since = 0.0 if not unused else now if job.used else row.idle_since or now
+            job.used = False
             if since != row.idle_since:
                 await self._store.write(PutBackup(replace(row, idle_since=since)))
                 job.row = replace(job.row, idle_since=since) if job.row is not None else None
             return now - since if unused else 0.0
+
+    async def newest_is_ours(self, session: str) -> bool:
+        """Whether nobody else has written behind our last backup: what is another one's is not ours to delete. Raises
+        StorageError, StateError.
+        """
+        if self._vault is None:
+            return True
+        row, last = await self._store.backup(session), newest(await self._vault.listed(session))
+        return last is None or (row is not None and (last.epoch, last.sequence) <= (row.epoch, row.sequence))
 
     # --- triggers
 
     def changed(self, session: str, *, at_once: bool = False) -> None:
         """Something of the session changed that a restore would need."""
         if (job := self._jobs.get(session)) is not None:
+            job.used = True
             self._mark(job, at_once=at_once)
 
     async def now(self, session: str) -> BackupRow:
@@ -211,8 +225,7 @@ class Backups:
         if not job.owner.record.paired:
             raise CommandError("backup_failed", "No phone is linked, so there is nothing to back up.", final=False)
         job.dirty, job.dirty_since = True, self._now()
-        await self._run(job)
-        if job.dirty or job.trouble:
+        if not await self._run(job):
             trouble = job.trouble or "The backup was cut short."
             raise CommandError("backup_failed", trouble, hint="It is tried again.", final=False)
         if job.row is None or not job.row.at:
@@ -300,17 +313,19 @@ class Backups:
             self._schedule(job, self._options.at_once_s)  # it changed while it was being copied
             return
 
-        def ended(_: asyncio.Task[None]) -> None:
+        def ended(_: asyncio.Task[bool]) -> None:
             job.running = None
 
         job.running = asyncio.create_task(self._run(job), name=f"backup.{job.owner.id}")
         job.running.add_done_callback(ended)
 
-    async def _run(self, job: _Job) -> None:
-        """One try, whatever comes of it. What it needs memory for happens in one of a few slots."""
+    async def _run(self, job: _Job) -> bool:
+        """One try, whatever comes of it; whether everything up to its call is saved now, though it may have changed since. What
+        it needs memory for happens in one of a few slots.
+        """
         async with job.lock, self._slots:
             if not job.settled or not job.dirty:
-                return
+                return job.settled
             try:
                 job.dirty = False
                 await self._back_up(job)
@@ -329,6 +344,8 @@ class Backups:
             else:
                 self._succeeded(job)
                 await self._prune(job)
+                return True
+            return False
 
     # --- what
 
@@ -344,7 +361,8 @@ class Backups:
         row, size = await self._put(job, row, body, database)
         self._metrics.backup(ok=True, size=size)
         job.put_at = asyncio.get_running_loop().time()
-        job.row = replace(row, at=self._now().timestamp(), size=size, digest=digest)
+        idle_since = 0.0 if job.used else row.idle_since
+        job.row = replace(row, at=self._now().timestamp(), size=size, digest=digest, idle_since=idle_since)
         await self._store.write(PutBackup(job.row))
 
     async def _contents(self, record: SessionRecord) -> tuple[bytes, bytes] | None:
@@ -373,6 +391,11 @@ class Backups:
         """Put it under the next number that is ours. Returns the new position and the bytes put. Raises _Superseded."""
         assert self._vault is not None
         session = row.session
+        if not row.sequence and not row.attempts:
+            # Once for each epoch. The local state may have been taken for the newest because the store did not answer.
+            last = newest(await self._vault.listed(session))
+            if last is not None and last.epoch >= row.epoch:
+                raise _overtaken(session, last)
         while True:
             place = Place(row.epoch, row.sequence + 1)
             sealed = await self._vault.seal_state(session, place, body, database)
@@ -384,10 +407,7 @@ class Backups:
             if there is None:
                 raise StorageError(f"The store says that {session} {place} is taken, and has nothing there.", kind="unavailable")
             if there not in row.attempts:
-                raise _Superseded(
-                    f"Somebody else has backed up session {session} as {place}, so it is not ours any more.",
-                    hint="Two warrens must not share a session. `create` takes it back, from the other one's last backup.",
-                )
+                raise _overtaken(session, place)
             ours = replace(row, sequence=place.sequence, attempts=())
             if there == row.attempts[-1]:
                 return ours, len(sealed)
@@ -458,6 +478,13 @@ class Backups:
         if not any(j.failures for j in self._jobs.values()):
             self._told.clear()
             logger.bind(action="backup_recovered", session=job.owner.id).info("Backups have recovered.")
+
+
+def _overtaken(session: str, place: Place) -> _Superseded:
+    return _Superseded(
+        f"Somebody else has backed up session {session} as {place}, so it is not ours any more.",
+        hint="Two warrens must not share a session. `create` takes it back, from the other one's last backup.",
+    )
 
 
 def no_storage() -> CommandError:

@@ -161,8 +161,7 @@ class Fleet:
                 known = {r.session: r.epoch for r in await self._store.sessions() if r.desired is Desired.GONE}
                 known |= dict.fromkeys((*self._sessions, *self._removals), MAX_NUMBER)
                 found = await self._deps.restorer.strangers(known)
-                for session in found:
-                    await self._adopt(session)
+                await self._adopt_each(found)
             except (StorageError, BrokerUnavailable, StateError) as e:
                 if attempt == 0:
                     logger.bind(action="adoption_waits").warning("Sessions in the store cannot be looked for: {}", e)
@@ -175,6 +174,17 @@ class Fleet:
                 if found:
                     logger.bind(action="adopted", sessions=len(found)).info("The store had {} sessions more.", len(found))
                 return
+
+    async def _adopt_each(self, sessions: list[str]) -> None:
+        """Raises BrokerUnavailable, StateError at once; StorageError, which may be of one session's objects only, at the end."""
+        failed: StorageError | None = None
+        for session in sessions:
+            try:
+                await self._adopt(session)
+            except StorageError as e:
+                failed = e
+        if failed is not None:
+            raise failed
 
     async def _adopt(self, session: str) -> None:
         """Claim a session that only the store knows, and put on record what its last backup says; its state comes when it opens.
@@ -218,7 +228,13 @@ class Fleet:
     async def forget_if_unused(self, session: Session) -> None:
         """Tell, and remove it, if nobody has used it for `forget_after_days`. Raises StateError."""
         unused_s = await self._deps.backups.unused_s(session.id, unused=session.unused)
-        if unused_s >= self._options.forget_after_days * DAY_S:
+        if unused_s < self._options.forget_after_days * DAY_S:
+            return
+        if not await self._deps.backups.newest_is_ours(session.id):
+            logger.bind(action="forgotten_not", session=session.id).warning(
+                "Nobody has used session {} here, but another warren goes on with it: it is left alone.", session.id
+            )
+        else:
             logger.bind(action="forgotten", session=session.id).warning(
                 "Nobody has used session {} for {:.0f} days: it and its backups are removed.", session.id, unused_s / DAY_S
             )
@@ -243,6 +259,7 @@ class Fleet:
 
     async def _remove(self, record: SessionRecord, claim: Claim) -> None:
         """Delete the state and the queues of a session that is logged out; goes on after a restart until it is done."""
+        attempt = 0
         while True:
             try:
                 await self._deps.state_dir.remove(record.session)
@@ -254,7 +271,8 @@ class Fleet:
                 await self._store.write(PutSession(gone))
             except WarrenError as e:
                 logger.bind(action="removal_failed", session=record.session).warning("Removing the session failed: {}", e)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(delay(attempt, base_s=1.0, cap_s=30.0, random01=self._deps.random01()))
+                attempt += 1
             else:
                 return
 

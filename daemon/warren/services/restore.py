@@ -131,11 +131,12 @@ class Restorer:
             return None
         async with self._backups.lock(record.session):
             row = await self._store.backup(record.session)
-            recorded = _recorded(record, row)
             last = newest(await self._vault.listed(record.session))
-            if last is None or (recorded is not None and last < recorded):
-                return None
             epoch = await self._state_dir.current_epoch(record.session)
+            if last is None or (row is not None and _is_lost(row, last, epoch)):
+                return None
+            # Until the session has put the new position on record nothing may be backed up under the old one.
+            self._backups.unsettle(record.session)
             if epoch is not None and await self._state_dir.has_state(record.session, epoch):
                 await self._state_dir.keep(record.session, epoch)
             logger.bind(action="rescue", session=record.session).error(
@@ -305,6 +306,13 @@ def _recorded(record: SessionRecord, row: BackupRow | None) -> Place | None:
         return None
     if row.epoch == record.epoch and row.sequence:
         return Place(row.epoch, row.sequence)
-    # The epoch has begun here and nothing of it is in the store: newer than whatever older epochs hold.
-    began = max(row.epoch, record.epoch)
-    return Place(began - 1, MAX_NUMBER) if began > 1 else None
+    # An epoch has begun here and nothing of it is in the store: newer than whatever the one before it holds. Of those between the
+    # two numbers (a registry that was rebuilt counts on) nothing is ours.
+    before = row.epoch if record.epoch > row.epoch else row.epoch - 1
+    return Place(before, MAX_NUMBER) if before else None
+
+
+def _is_lost(row: BackupRow, last: Place, directory: int | None) -> bool:
+    """Whether what cannot be read here is more than the store has: a backup that is gone, or a phone that was never backed up."""
+    behind = row.sequence > 0 and last < Place(row.epoch, row.sequence)
+    return behind or (directory or 0) > row.epoch

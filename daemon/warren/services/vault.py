@@ -19,7 +19,7 @@ class Vault:
         """`checked`: `check` is not needed, for who only reads."""
         self._objects, self._names, self._keyring = objects, names, keyring
         self._keys: dict[str, DataKey] = {}
-        self._checked = checked
+        self._checked = self._reading = checked
         self._checking = asyncio.Lock()
 
     async def check(self) -> None:
@@ -38,18 +38,33 @@ class Vault:
                 raise StorageError(e.message, kind="misconfigured", hint=e.hint) from e
         return self._objects
 
+    async def _list(self, prefix: str) -> list[Listed]:
+        found = await (await self._store()).list(prefix)
+        if not found:
+            await self._prove_there()
+        return found
+
+    async def _prove_there(self) -> None:
+        """Before something counts as missing: a disk that was unmounted looks like an empty store. Raises StorageError."""
+        if not self._reading and await (await self._store()).get(self._names.key_check()) is None:
+            raise StorageError(
+                f"The store has lost everything: even {self._names.key_check()}, which was there before, is gone.",
+                kind="unavailable",
+                hint="Is the disk of `[storage] url` mounted? If the store was emptied on purpose, restart the daemon.",
+            )
+
     # --- looking
 
     async def listed(self, session: str) -> dict[Place, Listed]:
         """The objects of a session, ascending, whatever they turn out to be."""
-        objects = await (await self._store()).list(self._names.session(session))
+        objects = await self._list(self._names.session(session))
         parsed = ((self._names.parse(found.name), found) for found in objects)
         return dict(sorted((told[1], found) for told, found in parsed if told is not None and told[1] is not None))
 
     async def sessions(self) -> dict[str, list[Place]]:
         """Every session that has objects, with their places, ascending."""
         found: dict[str, list[Place]] = {}
-        for listed in await (await self._store()).list(self._names.prefix):
+        for listed in await self._list(self._names.prefix):
             told = self._names.parse(listed.name)
             if told is not None and told[1] is not None:
                 found.setdefault(told[0], []).append(told[1])
@@ -63,7 +78,14 @@ class Vault:
             return None
         if size is not None and len(found.data) != size:
             raise StorageError(f"Of the {size} bytes of {session} {place} came {len(found.data)}.", kind="unavailable")
-        return await asyncio.to_thread(open_sealed, key, Position(session, place), found.data)
+        try:
+            return await asyncio.to_thread(open_sealed, key, Position(session, place), found.data)
+        except SealError:
+            # Logged out and created again elsewhere, it has another key than the one that was read before.
+            del self._keys[session]
+            if (there := await self.key(session)) == key:
+                raise
+            return await asyncio.to_thread(open_sealed, there, Position(session, place), found.data)
 
     async def digest(self, session: str, place: Place) -> str | None:
         """SHA-256 of an object as it lies in the store; None: it is not there."""
@@ -81,6 +103,7 @@ class Vault:
         found = await (await self._store()).get(name)
         if found is not None:
             return unwrap(self._keyring, session, found.data)
+        await self._prove_there()
         if not make:
             raise SealError(
                 f"The key of session {session} is not in the store: its backups cannot be read by anybody.",
@@ -113,7 +136,7 @@ class Vault:
         """Delete everything of a session; the key first, which makes the rest unreadable at once."""
         self._keys.pop(session, None)
         await (await self._store()).delete(self._names.key(session))
-        for listed in await (await self._store()).list(self._names.session(session)):
+        for listed in await self._list(self._names.session(session)):
             await (await self._store()).delete(listed.name)
 
 
