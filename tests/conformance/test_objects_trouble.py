@@ -406,6 +406,26 @@ async def test_everything_is_synced_before_it_counts(tmp_path: Path, monkeypatch
     await store.close()
 
 
+async def test_what_is_deleted_while_it_is_replaced_stays_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session is logged out while its key is wrapped anew: the key must not come back."""
+    objects = DirectoryObjects(tmp_path)
+    assert await objects.create("warren/acme/key", b"old")
+    found = await objects.get("warren/acme/key")
+    assert found is not None
+    deleting = threading.Thread(target=lambda: objects._delete(tmp_path / "warren/acme/key"))
+    write_aside = objects._write_aside
+
+    def meanwhile(data: bytes) -> Path:
+        deleting.start()
+        deleting.join(0.2)  # it waits for us; without that it would be done by now
+        return write_aside(data)
+
+    monkeypatch.setattr(objects, "_write_aside", meanwhile)
+    await objects.replace("warren/acme/key", b"new", found.version)
+    await asyncio.to_thread(deleting.join)
+    assert await objects.get("warren/acme/key") is None
+
+
 async def test_creating_and_deleting_in_one_folder_do_not_hinder_each_other(tmp_path: Path) -> None:
     """Deleting the last object removes the folder that another one is about to go into."""
     store = DirectoryObjects(tmp_path)

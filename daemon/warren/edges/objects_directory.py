@@ -2,7 +2,7 @@
 
     <root>/<name>          an object; its folders 0700, itself 0600
     <root>/.new/           objects on their way, of any process that uses the directory
-    <root>/.lock           flock'ed around `replace`
+    <root>/.lock           flock'ed around `replace` and `delete`
 
 An object is written aside, synced, and then linked to its name, which fails when the name is taken: so a crash at any moment
 leaves an object whole or not at all, and of two that create one name exactly one does. The directory may be on NFS; it must be
@@ -126,9 +126,7 @@ class DirectoryObjects:
         raise StorageError(f"The folder {path.parent} goes away whenever it is made.", kind="unavailable")
 
     def _replace(self, path: Path, data: bytes, expected: str) -> bool:
-        lock = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             old = self._read(path)
             if old is None or _version(old) != expected:
                 return False
@@ -139,9 +137,17 @@ class DirectoryObjects:
                 new.unlink()
                 return False
             _sync(path.parent)
+        return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One at a time of what replaces and deletes: a key that is deleted while it is wrapped anew must not come back."""
+        lock = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
         finally:
             os.close(lock)
-        return True
 
     def _read(self, path: Path) -> bytes | None:
         try:
@@ -170,7 +176,8 @@ class DirectoryObjects:
 
     def _delete(self, path: Path) -> None:
         try:
-            path.unlink()
+            with self._locked():
+                path.unlink()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         _sync(path.parent)
