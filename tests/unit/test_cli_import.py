@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import os
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
+from warren import cli_import
 from warren.cli import main
+from warren.cli_backup import Opened
 from warren.cli_import import BAILEYS_FILE, ImportRefused, Plan, _delete, _format_of, report_lines
+from warren.core.backup_names import Names
+from warren.core.sealing import Keyring, MasterKey
+from warren.edges.objects_directory import DirectoryObjects
 from warren.edges.settings import load_settings
+from warren.services.vault import Vault
 
 REPORT: dict[str, Any] = {
     "format": "baileys",
@@ -184,3 +194,34 @@ def test_a_missing_engine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WARREN_ENGINE__PATH", str(tmp_path / "none"))
     assert main(["import", "--from", "auth", "--session", "acme"]) == 2
     assert "make engine" in capsys.readouterr().err
+
+
+def test_an_import_that_was_cut_before_its_backup_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it leaves then is a key, which opens nothing and serves the next one."""
+    (tmp_path / "store").mkdir()
+    objects, names = DirectoryObjects(tmp_path / "store"), Names("warren")
+    keyring = Keyring(MasterKey.from_hex("00112233445566778899aabbccddeeff" * 2))
+
+    @asynccontextmanager
+    async def opened(_: object, *, writing: bool) -> AsyncIterator[Opened]:
+        yield Opened(load_settings(), objects, names, keyring)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_import, "opened", opened)
+    monkeypatch.setattr(cli_import, "_engine", lambda *_: REPORT)
+    monkeypatch.setattr(cli_import, "_database", lambda _: b"a database")
+    plan = Plan(load_settings(), "acme", tmp_path, "baileys", None)
+
+    async def once() -> None:
+        await cli_import._into_store(argparse.Namespace(), plan, tmp_path)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(Vault, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(once())
+    assert [listed.name for listed in asyncio.run(objects.list("warren/acme"))] == ["warren/acme/key"]
+    asyncio.run(once())
+    with pytest.raises(ImportRefused, match="has backups"):
+        asyncio.run(once())
