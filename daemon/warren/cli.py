@@ -46,6 +46,7 @@ from warren.edges.storage_keys import disk_warning, load_keyring
 from warren.edges.terminal import QrScreen, printable
 from warren.errors import CommandError, ConfigError, WarrenError
 
+SHELLS = ("bash", "zsh", "fish")
 SIM_OPTIONS = ("listen", "control", "ca-file", "seed", "log-level")
 
 
@@ -308,6 +309,17 @@ def _demo(args: argparse.Namespace) -> int:
     return run(args.dir)
 
 
+def _completion(args: argparse.Namespace) -> int:
+    import shtab  # noqa: PLC0415 (which nothing else here needs)
+
+    script = shtab.complete(build_parser(), shell=args.shell)
+    if args.json:
+        print_json({"shell": args.shell, "script": script})
+    else:
+        print(script)
+    return EXIT_OK
+
+
 def _version(args: argparse.Namespace) -> int:
     """Without an engine here `engine` and `whatsmeow` are None: a machine that only runs the command line needs none."""
     from warren.edges.store import SCHEMA_VERSION  # noqa: PLC0415 (SQLite, which nothing else here needs)
@@ -447,6 +459,14 @@ def build_parser() -> argparse.ArgumentParser:
         sim.add_argument(f"--{option}", help="handed to warren-sim")
     demo = add(commands, "demo", _demo, "a session's whole life against the simulated WhatsApp")
     demo.add_argument("--dir", type=Path, help="for its files and logs (default: ./var/demo)")
+    completion = add(
+        commands,
+        "completion",
+        _completion,
+        "print the completion of these commands for a shell",
+        "warren completion bash > ~/.local/share/bash-completion/completions/warren",
+    )
+    completion.add_argument("shell", choices=SHELLS)
     add(commands, "version", _version, "versions of warren and of its engine")
     return parser
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -203,3 +207,47 @@ def test_settings_are_read_as_what_they_are() -> None:
     args = cli.build_parser().parse_args(["session", "settings", "acme", *words])
     assert cli.settings_args(args) == {"messages_per_minute": 7, "mark_online": True, "device_name": "7", "reset": ["proxy"]}
     assert cli.settings_args(cli.build_parser().parse_args(["session", "settings", "acme"])) == {}
+
+
+def completed(script: Path, *words: str) -> set[str]:
+    """What bash offers for the last word."""
+    line = " ".join(f"'{word}'" for word in words)
+    ask = f'source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_warren; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    bash = shutil.which("bash")
+    assert bash is not None
+    return set(subprocess.run([bash, "-c", ask], capture_output=True, text=True, check=True, timeout=30).stdout.split())
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "warren.bash"
+    script.write_text(capsys.readouterr().out)
+    assert completed(script, "warren", "do") == {"doctor"}
+    assert completed(script, "warren", "dead", "") >= {"list", "show", "replay", "drop"}
+    assert completed(script, "warren", "session", "settings", "acme", "--re") == {"--reset"}
+
+
+@pytest.mark.parametrize(("shell", "head"), [("zsh", "#compdef warren"), ("fish", "complete -c warren")])
+def test_other_shells_have_a_script_with_every_command(shell: str, head: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert head in script
+    assert {name for name in ("doctor", "replay", "settings", "check-config", "rotate") if name not in script} == set()
+
+
+def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> dict[str, argparse.ArgumentParser]:
+    """Every command that does something, by its words."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not nested:
+        return {" ".join(words): parser}
+    return {k: v for name, sub in nested[0].choices.items() for k, v in commands(sub, (*words, name)).items()}
+
+
+def test_the_page_about_the_command_line_has_every_command_and_exit_status() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    known = commands(cli.build_parser())
+    assert len(known) > 30
+    assert [words for words in known if f"`warren {words}" not in page] == []
+    told = dict(re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE))
+    said = dict(re.findall(r"^  (\d+) +(.*)$", cli_base.EXIT_CODES, re.MULTILINE))
+    assert set(told) == set(said)
