@@ -260,6 +260,23 @@ async def test_what_is_good_is_never_replaced(path: Path, state: StateDirectory)
     assert [n for n in names(path.parent) if n.startswith("warren.db.")] == []
 
 
+async def test_a_disk_that_fails_for_a_moment_is_no_damage(
+    path: Path, state: StateDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(path, 2)
+
+    def failing(store: SqliteStore) -> asyncio.Future[None]:
+        def read() -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        return store._submit(read)
+
+    monkeypatch.setattr(SqliteStore, "sessions", failing)
+    with pytest.raises(StateError):
+        await open_database(path, state)
+    assert not list(path.parent.glob("warren.db.bad-*"))
+
+
 async def test_when_it_cannot_be_made_again_nothing_changes(
     path: Path, state: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,8 @@ async def _opened(path: Path) -> SqliteStore:
         await store.sessions()
     except StateError as error:  # a row that SQLite can read and we cannot
         await store.close()
+        if error.retryable:
+            raise  # the disk's trouble says nothing about what is on it
         raise DamagedError(error.message, hint=error.hint) from error
     except BaseException:
         await store.close()
