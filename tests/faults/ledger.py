@@ -62,6 +62,8 @@ class Ledger:
         key, number = (event["session"], event["epoch"]), int(event["sequence"])
         if number > self._sequences[key] + 1:
             self.gaps.append(f"{key}: {self._sequences[key]} -> {number} ({event['type']})")
+        elif number <= self._sequences[key] and event["id"] not in self._ids:
+            self.gaps.append(f"{key}: {number} again, or late, for {event['id']} ({event['type']})")
         self._sequences[key] = max(self._sequences[key], number)
 
     def _message(self, event: dict[str, Any]) -> None:
