@@ -384,6 +384,33 @@ async def test_a_put_whose_answer_is_lost_is_recognised(machines: Any, objects: 
     assert (row.sequence, row.attempts) == (3, ())
 
 
+async def test_half_a_read_of_our_own_put_is_no_stranger(machines: Any, objects: MemoryObjects, monkeypatch: Any) -> None:
+    a = await machines()
+    owner = await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    create, get, cut = objects.create, objects.get, [True, True]
+
+    async def answer_lost(name: str, data: bytes) -> bool:
+        created = await create(name, data)
+        if created:
+            raise StorageError("The answer is lost.", kind="unavailable")
+        return created
+
+    async def short(name: str) -> Any:
+        found = await get(name)
+        return replace(found, data=found.data[:-5]) if found is not None and name.endswith("2") and cut and cut.pop() else found
+
+    monkeypatch.setattr(objects, "create", answer_lost)
+    monkeypatch.setattr(objects, "get", short)
+    await a.write("acme", "two")
+    a.backups.changed("acme", at_once=True)
+    await until(lambda: not cut, "the short reads")
+    monkeypatch.setattr(objects, "create", create)
+    await until(lambda: not a.backups.status("acme")["pending"], "the backup")
+    assert not owner.gone.is_set()
+    assert a.places("acme")[:3] == ["1/1", "1/2", "1/3"]
+
+
 async def test_a_kill_between_put_and_position_is_no_stranger(machines: Any, objects: MemoryObjects) -> None:
     a = await machines()
     await a.create("acme", "one")

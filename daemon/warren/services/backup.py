@@ -24,7 +24,7 @@ from warren.core.backup_names import Place
 from warren.core.backup_plan import DAY_S, newest, prune
 from warren.core.envelope import timestamp
 from warren.core.metrics import Metrics
-from warren.errors import CommandError, StateError, StorageError, WarrenError
+from warren.errors import CommandError, SealError, StateError, StorageError, WarrenError
 from warren.ports import BackupRow, PutBackup, RemoveBackup, SessionRecord, StateDir, Store
 from warren.services.delivery import Delivery
 from warren.services.engines import Engines
@@ -404,6 +404,8 @@ class Backups:
             await self._store.write(PutBackup(row))
             created = await self._vault.create(session, place, sealed)
             there = sha256(sealed) if created else await self._vault.digest(session, place)
+            if there is not None and there not in row.attempts:
+                there = await self._proved(session, place)
             if there is None:
                 raise StorageError(f"The store says that {session} {place} is taken, and has nothing there.", kind="unavailable")
             if there not in row.attempts:
@@ -412,6 +414,15 @@ class Backups:
             if there == row.attempts[-1]:
                 return ours, len(sealed)
             row = ours  # an earlier try, whose answer was lost, had arrived: this one is the next
+
+    async def _proved(self, session: str, place: Place) -> str | None:
+        """The digest of an object that looked like a stranger's: half a read, or damage, takes a session from nobody."""
+        assert self._vault is not None
+        try:
+            await self._vault.read(session, place)
+        except SealError as e:
+            raise StorageError(f"{session} {place} is taken, and it cannot be told by whom. {e}", kind="corrupt") from e
+        return await self._vault.digest(session, place)
 
     async def _prune(self, job: _Job) -> None:
         """Delete what is too old to be wanted, at most once a day."""
