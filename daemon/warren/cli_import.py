@@ -143,8 +143,10 @@ def _engine(plan: Plan, to: Path | None) -> dict[str, Any]:
         words: list[str | Path] = [program, "import", "--format", plan.format, "--from", plan.source]
         words += ["--to", to] if to is not None else ["--to", Path(nowhere) / "state", "--dry-run"]
         words += ["--jid", plan.jid] if plan.jid else []
+        # What it makes holds keys. If it is cut off (Ctrl-C, the time limit), that goes with our folder.
+        env = {**os.environ, "TMPDIR": nowhere}
         try:
-            ran = subprocess.run(words, capture_output=True, check=False, timeout=IMPORT_TIMEOUT_S)
+            ran = subprocess.run(words, capture_output=True, check=False, timeout=IMPORT_TIMEOUT_S, env=env)
         except (OSError, subprocess.SubprocessError) as e:
             raise ConfigError(f"{program} cannot be run: {e}.", hint="Run `make engine`.") from e
     if ran.returncode == 0:

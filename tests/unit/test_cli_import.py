@@ -196,6 +196,15 @@ def test_a_missing_engine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "make engine" in capsys.readouterr().err
 
 
+def test_an_import_that_is_cut_off_leaves_no_keys_in_a_temporary_place(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "answer").write_text(f'echo "$TMPDIR" > {tmp_path}/where; echo keys > "$TMPDIR/keys"; kill -9 $$\n')
+    words = ["import", "--from", str(baileys(tmp_path / "auth")), "--session", "acme"]
+    assert main(words) != 0
+    where = Path((tmp_path / "where").read_text().strip())
+    assert where.name.startswith("warren-import-")
+    assert not where.exists()
+
+
 def test_an_import_that_was_cut_before_its_backup_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that it leaves then is a key, which opens nothing and serves the next one."""
     (tmp_path / "store").mkdir()
