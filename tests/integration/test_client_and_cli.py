@@ -18,6 +18,7 @@ import aio_pika
 import orjson
 import pytest
 from aio_pika.abc import AbstractIncomingMessage
+from tests.conftest import Broker
 
 from warren.client import Client, NoAnswer
 from warren.core.envelope import CLOUDEVENT, COMMANDS, Origin, cloud_event, decode_command, timestamp
@@ -361,6 +362,24 @@ async def test_unreachable_and_refused_are_told_apart_and_tell_no_password(broke
     with pytest.raises(BrokerUnavailable, match="refuses user or password") as caught:
         await Client(re.sub(r":[^:@]+@", ":geheim@", broker.url)).__aenter__()
     assert "geheim" not in str(caught.value)
+
+
+async def test_a_missing_permission_is_told_at_once(daemon: Played, broker: Broker) -> None:
+    """Not after the deadline: trying again does not mend it."""
+    user = f"{daemon.prefix}-shop"
+    await broker.ctl("add_user", user, "secret")
+    try:
+        await broker.ctl("set_permissions", user, r"^amq\.gen-.*", r"^amq\.gen-.*", r"^amq\.gen-.*")
+        async with Client(re.sub("//[^@]+@", f"//{user}:secret@", broker.url), daemon.prefix) as client:
+            with pytest.raises(BrokerUnavailable, match="does not permit that") as caught:
+                await asyncio.wait_for(client.call("status", "acme", timeout_s=3600), DEADLINE_S)
+            assert "operations.md" in caught.value.hint
+            with pytest.raises(BrokerUnavailable, match="does not permit that"):
+                async with client.subscribe(tap=True):
+                    pass
+        assert daemon.commands == []
+    finally:
+        await broker.ctl("delete_user", user)
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
