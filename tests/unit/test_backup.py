@@ -354,6 +354,25 @@ async def test_few_backups_at_once(machines: Any, objects: MemoryObjects) -> Non
 # --- trouble with the store -------------------------------------------------------------------------------------------
 
 
+async def test_what_changes_while_a_retry_succeeds_is_backed_up_too(machines: Any, objects: MemoryObjects) -> None:
+    a = await machines()
+    await a.create("acme", "one")
+    copy, changes = a.engines.snapshot, iter([True])
+
+    async def busy(*args: Any) -> Any:
+        copied = await copy(*args)
+        if not objects.failing and next(changes, False):
+            a.backups.changed("acme")
+        return copied
+
+    a.engines.snapshot = busy
+    objects.failing = 2
+    a.backups.changed("acme", at_once=True)
+    await until(lambda: a.places("acme") and not a.backups.status("acme")["pending"], "nothing to be left")
+    assert a.backups.status("acme")["failures"] == 0
+    assert next(changes, None) is None, "it changed meanwhile"
+
+
 async def test_a_failing_store_is_told_once_and_recovers(machines: Any, objects: MemoryObjects) -> None:
     a = await machines()
     await a.create("acme", "one")

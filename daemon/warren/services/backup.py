@@ -486,6 +486,8 @@ class Backups:
         if not job.failures:
             return
         job.failures, job.trouble = 0, ""
+        if job.dirty:
+            self._mark(job, at_once=True)  # it changed while this was put, when it counted as failing and got no time
         if not any(j.failures for j in self._jobs.values()):
             self._told.clear()
             logger.bind(action="backup_recovered", session=job.owner.id).info("Backups have recovered.")
