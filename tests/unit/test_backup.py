@@ -833,6 +833,39 @@ async def test_a_session_that_was_created_again_elsewhere_has_a_key_of_its_own(m
     assert await a.text("acme") == "b2"
 
 
+async def test_a_key_that_is_gone_is_told_and_no_second_one_is_made(machines: Any, objects: MemoryObjects) -> None:
+    a = await machines(alarm_after=1)
+    await a.create("acme", "one")
+    assert await a.back_up("acme", "one") == "1/1"
+    key = objects.objects.pop("warren/acme/key")
+    a.backups._jobs["acme"].key_seen_at -= 86_400  # a day later
+    with pytest.raises(CommandError, match=r"warren/acme/key, is gone") as told:
+        await a.back_up("acme", "two")
+    assert told.value.reason == "backup_failed"
+    assert a.backups.status("acme")["failures"] == 1
+    await a.again()
+    await a.check("acme")
+    with pytest.raises(CommandError, match=r"warren/acme/key, is gone"):
+        await a.back_up("acme", "two")
+    assert "warren/acme/key" not in objects.objects
+    assert a.places("acme") == ["1/1"]
+    objects.objects["warren/acme/key"] = key
+    assert await a.back_up("acme", "two") == "1/2"
+    assert await a.kinds("acme") == [Kind.STATE] * 2
+
+
+async def test_who_has_lost_a_key_for_good_begins_anew(machines: Any, objects: MemoryObjects) -> None:
+    a = await machines()
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    del objects.objects["warren/acme/key"]
+    del objects.objects["warren/acme/0000000001/0000000001"]
+    a.backups._jobs["acme"].key_seen_at -= 86_400
+    assert await a.back_up("acme", "two") == "1/2"
+    a.vault = Vault(objects, Names("warren"), Keyring(MASTER))
+    assert await a.kinds("acme") == [Kind.STATE]
+
+
 async def test_a_disk_that_was_unmounted_is_no_empty_store(tmp_path: Path) -> None:
     root = tmp_path / "disk"
     root.mkdir()

@@ -94,6 +94,7 @@ class _Job:
     put_at: float = float("-inf")
     """On the loop's clock."""
     pruned_at: float = 0.0
+    key_seen_at: float = 0.0
     used: bool = False
     """Something of it has changed since `unused_s` last looked."""
 
@@ -355,6 +356,7 @@ class Backups:
             return  # without a device row there is nothing worth keeping, and it must not hide what is worth it
         body, database = made
         row = self._position(job, record)
+        await self._see_key(job, row)
         digest = await asyncio.to_thread(_digest, body, database)
         if digest == row.digest and row.sequence:
             return
@@ -364,6 +366,14 @@ class Backups:
         idle_since = 0.0 if job.used else row.idle_since
         job.row = replace(row, at=self._now().timestamp(), size=size, digest=digest, idle_since=idle_since)
         await self._store.write(PutBackup(job.row))
+
+    async def _see_key(self, job: _Job, row: BackupRow) -> None:
+        """Once a day, and once for each life and epoch: backups that nobody can read are none. Raises StorageError."""
+        assert self._vault is not None
+        now = self._now().timestamp()
+        if not row.sequence or now - job.key_seen_at >= DAY_S:
+            await self._vault.see_key(row.session)
+            job.key_seen_at = now
 
     async def _contents(self, record: SessionRecord) -> tuple[bytes, bytes] | None:
         """The session record and a copy of the database; None when no device is linked."""

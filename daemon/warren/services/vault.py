@@ -103,16 +103,37 @@ class Vault:
         found = await (await self._store()).get(name)
         if found is not None:
             return unwrap(self._keyring, session, found.data)
-        await self._prove_there()
         if not make:
+            await self._prove_there()
             raise SealError(
                 f"The key of session {session} is not in the store: its backups cannot be read by anybody.",
                 hint="It goes first when a session is logged out. What is left of its backups can be deleted.",
             )
+        await self._refuse_beside_backups(session)
         key = new_data_key()
         if await (await self._store()).create(name, wrap(self._keyring, session, key)):
             return key
         raise StorageError(f"The key of session {session} was made by somebody else at this moment.", kind="unavailable")
+
+    async def see_key(self, session: str) -> None:
+        """See that what is put can be read again: the key is still in the store. Made, when the session has nothing there.
+
+        Raises StorageError. The key in memory is kept: once its object is back, everything goes on.
+        """
+        if session in self._keys and await (await self._store()).get(self._names.key(session)) is None:
+            await self._refuse_beside_backups(session)
+            del self._keys[session]
+        await self.key(session, make=True)
+
+    async def _refuse_beside_backups(self, session: str) -> None:
+        """A second key beside backups of the first: whichever of the two came back would make the other one's noise."""
+        if await self.listed(session):
+            raise StorageError(
+                f"The key of session {session}, {self._names.key(session)}, is gone from the store: its backups cannot be read.",
+                kind="corrupt",
+                hint="Bring that object back from the bucket's versions. If it is lost for good, delete everything under "
+                f"{self._names.session(session)}/: the next backup begins anew, with a new key.",
+            )
 
     # --- putting
 
