@@ -237,6 +237,18 @@ async def test_an_unused_session_is_forgotten_and_tells_before() -> None:
         assert session.status()["code"] == "forgotten"
 
 
+async def test_forgetting_that_cannot_be_recorded_holds_up_nobody() -> None:
+    async with running(desired=Desired.STOPPED) as (session, _, store):
+        store.failing = 1_000_000
+        session.forget()
+        await true(lambda: session.status()["code"] == "forgotten")
+        await asyncio.wait_for(session.halt(), 30)
+        assert not session._removed
+        store.failing = 0
+        await true(lambda: session._removed)
+        assert store.records["acme"].desired is Desired.REMOVING
+
+
 async def test_words_of_an_old_generation_change_nothing() -> None:
     async with running(paired=True) as (session, engines, _):
         await opening(engines)
@@ -627,10 +639,20 @@ async def test_delete_closes_and_removes_without_whatsapp(state: str) -> None:
         assert [told["code"] for told in store.told if told.get("code") == "deleted"] == ["deleted"]
 
 
-async def test_what_somebody_else_owns_is_not_deleted() -> None:
-    async with running(paired=True, halted="superseded") as (session, _, store):
-        session.command(Command("delete").task())
+@pytest.mark.parametrize("name", ["delete", "logout"])
+@pytest.mark.parametrize("known", [True, False])
+async def test_what_somebody_else_owns_is_not_ended(name: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def not_ours(*_: object) -> bool:
+        return False
+
+    if not known:  # it was connected here all the time, or disconnected long ago
+        monkeypatch.setattr(Backups, "newest_is_ours", not_ours)
+    async with running(paired=True, halted="superseded" if known else "") as (session, engines, store):
+        if not known:
+            await online(session, engines)
+        session.command(Command(name).task())
         await true(lambda: any("error" in told for told in store.told))
+        assert "logout" not in engines.asked
         assert next(told for told in store.told if "error" in told)["error"]["code"] == "not_now"
         assert store.records["acme"].desired is Desired.RUNNING
 

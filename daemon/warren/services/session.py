@@ -41,7 +41,7 @@ from warren.core.machine import (
 from warren.core.metrics import Metrics
 from warren.core.names import event_id
 from warren.core.redact import hide_password
-from warren.errors import CommandError, EngineError, SealError, StateError, StorageError
+from warren.errors import CommandError, ConfigError, EngineError, SealError, StateError, StorageError
 from warren.ports import Claim, Desired, Incoming, PutBackup, PutSession, SessionRecord, StateDir, Store
 from warren.services.backup import Backups, no_storage
 from warren.services.delivery import Delivery
@@ -62,6 +62,8 @@ SEND_GRACE_S = 5.0
 """How long leaving ONLINE waits for the send under way."""
 LOOK_BACK_S = 60.0
 """How long commands wait for what the store knows of their session; then they are refused, and may be published again."""
+OWNER_LOOK_S = 5.0
+"""For the look, before a session is ended, whether another warren lives on its backups."""
 SETTLE_TIMEOUT_S = 90.0
 """Longest time from `open` to the first word about it."""
 REPLACED_RETRY_S = 60.0
@@ -147,7 +149,7 @@ class _Idle:
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """The registry knows that the session is logged out."""
+    """The registry knows that the session is to be removed."""
 
 
 _Item = Task | _Happened | _Due | _Halt | _Forget | _Idle | _Recorded
@@ -464,6 +466,7 @@ class Session:
 
         Killed before that is on disk, the command comes again: if WhatsApp has unlinked the device, the session is LOGGED_OUT.
         """
+        await self._refuse_if_anothers()
         if self.state in CONNECTED:
             await self._leave_online()
             await self._unlink()
@@ -480,17 +483,27 @@ class Session:
 
     async def _delete(self, task: Task) -> None:
         """Like a logout that WhatsApp is not told of: for a device that cannot be unlinked from here."""
-        if self.state is State.QUARANTINED and self._cause is not None and self._cause.trigger is Trigger.SUPERSEDED:
-            raise CommandError(
-                "not_now",
-                "Another warren has taken the session over, and its backups would be deleted too.",
-                hint="Delete it there; or take it back with `create`, then `delete`.",
-                final=False,
-            )
+        await self._refuse_if_anothers()
         if self.state in CONNECTED:
             await self._leave_online()
         await self._close_beside_and_wait()
         await self._end(task, _DELETED)
+
+    async def _refuse_if_anothers(self) -> None:
+        """What another warren lives on is not ended here. Raises CommandError, StateError."""
+        another = self.state is State.QUARANTINED and self._cause is not None and self._cause.trigger is Trigger.SUPERSEDED
+        if not another:
+            # A store that is away is no reason to wait here: the removal looks again, and waits for it.
+            with contextlib.suppress(StorageError, ConfigError, TimeoutError):
+                async with asyncio.timeout(OWNER_LOOK_S):
+                    another = not await self._deps.backups.newest_is_ours(self.id)
+        if another:
+            raise CommandError(
+                "not_now",
+                "Another warren has taken the session over, and its backups would be deleted too.",
+                hint="End it there; or take it back with `create`, and publish this again.",
+                final=False,
+            )
 
     async def _end(self, task: Task, cause: Cause) -> None:
         """Put on record that the session, which is closed, is to be removed, and then do it."""
@@ -569,9 +582,8 @@ class Session:
         self._enter(State.STOPPED, _FORGOTTEN)
         told = self._told(State.STOPPED, before.value)
         ticket = self._deps.delivery.submit(self.id, "logout", told, also=(PutSession(self._record),))
-        await asyncio.shield(ticket.stored)
-        self._removed = True
-        self._deps.on_removed(self)
+        # Not awaited, as in `_end`.
+        ticket.stored.add_done_callback(lambda _: self._post(_Recorded()))
 
     async def _look_back(self) -> None:
         """A session that has no phone here may have had one elsewhere: nothing of it is told or done before that is known."""
