@@ -21,7 +21,7 @@ from warren.core.envelope import Origin, decode_command, timestamp
 from warren.core.limiter import Window
 from warren.core.names import Topology
 from warren.errors import EngineError
-from warren.ports import AddEvent, Desired, Published, PutStarts, SessionRecord, Write
+from warren.ports import AddEvent, Desired, JournalRow, Published, PutStarts, SessionRecord, Write
 from warren.services import outcomes as ends
 from warren.services import sending as module
 from warren.services.delivery import Delivery, DeliveryOptions
@@ -323,16 +323,26 @@ async def test_commands_that_wait_too_long_go_back_in_order_and_come_again(world
 
 
 async def test_after_a_bug_of_the_lane_its_commands_come_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    look_up, bugs = world.store.outcome, iter([True])
+    until_stored, bugs = SendLane._until_stored, iter([True])
 
-    async def broken(session: str, command_id: str) -> Any:
+    async def broken(lane: SendLane, ticket: Any) -> None:
         if next(bugs, False):
             raise ZeroDivisionError
-        return await look_up(session, command_id)
+        await until_stored(lane, ticket)
 
-    monkeypatch.setattr(world.store, "outcome", broken)
-    world.lane(a_send("1", expires_in_s=-1), a_send("2"))
-    assert await world.ended(2) == ["expired", "ok"]
+    monkeypatch.setattr(SendLane, "_until_stored", broken)
+    world.lane(a_send("1"), a_send("2"))
+    assert await world.ended(2) == ["ok", "ok"]
+    assert world.queue.consumed > 1
+
+
+async def test_an_expired_command_that_meets_a_bug_holds_up_nobody(world: World) -> None:
+    """A journal row that cannot be read is there also when the command comes again."""
+    expired = a_send("1", expires_in_s=-1)
+    world.store.journal["acme", "1"] = JournalRow("acme", "1", expired.task().command.fingerprint, b"{")
+    world.lane(expired, a_send("2"))
+    assert await world.ended(2) == ["internal", "ok"]
+    assert world.queue.consumed == 1
 
 
 async def test_a_full_outbox_holds_no_command_and_makes_none_go_twice(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,8 +238,13 @@ class SendLane:
         """End what has waited beyond its deadline, wherever it stands."""
         now = self._now()
         for waiting in [w for w in self._queue if w.task.command.expired(now)]:
-            if not await self._known(waiting):
-                self._outcomes.fail(waiting.task, await self._too_late(waiting.task), also=self._pacer.writes())
+            try:
+                if not await self._known(waiting):
+                    self._outcomes.fail(waiting.task, await self._too_late(waiting.task), also=self._pacer.writes())
+            except StateError:
+                raise
+            except Exception:
+                self._met_a_bug(waiting.task)
             self._queue.remove(waiting)
 
     async def _contained(self, waiting: _Waiting) -> Ticket | None:
@@ -254,9 +259,13 @@ class SendLane:
         except StateError:
             raise
         except Exception:
-            self._log.bind(action="session_bug").exception("A send met a bug.")
-            bug = CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
-            return self._outcomes.fail(task, bug, also=self._pacer.writes())
+            return self._met_a_bug(task)
+
+    def _met_a_bug(self, task: Task) -> Ticket:
+        """To be called where it is caught."""
+        self._log.bind(action="session_bug").exception("A send met a bug.")
+        bug = CommandError("internal", "The command met a bug.", hint="See the log of the daemon.", final=False)
+        return self._outcomes.fail(task, bug, also=self._pacer.writes())
 
     async def _known(self, waiting: _Waiting) -> bool:
         """Whether it had its end before, and has been answered with that."""
