@@ -20,7 +20,8 @@ from warren.core.frames import EngineEvent
 from warren.core.machine import State
 from warren.core.names import Topology
 from warren.errors import EngineError
-from warren.ports import AddEvent, Desired, PutSession, SessionRecord, Write
+from warren.ports import AddEvent, Desired, Published, PutSession, SessionRecord, Write
+from warren.services import outcomes as ends
 from warren.services import session as module
 from warren.services.backup import BackupOptions, Backups
 from warren.services.delivery import Delivery, DeliveryOptions
@@ -583,6 +584,19 @@ async def test_a_create_that_kills_the_daemon_goes_to_the_dead_queue() -> None:
         await true(lambda: create.acks == 1)
         assert store.told[-1]["error"]["code"] == "gave_up"
         assert engines.opened.empty()
+
+
+async def test_what_the_dead_queue_does_not_take_is_not_tried_in_a_hot_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ends, "GIVE_BACK_S", 0.3)
+    async with running(paired=True, desired=Desired.STOPPED) as (session, engines, store):
+        store.started["acme", "create-1"] = MAX_STARTS
+        cast(Any, session._deps.outcomes)._bus.answers = lambda _: Published.REFUSED
+        create = Command("create", redelivered=True)
+        began = asyncio.get_running_loop().time()
+        session.command(create.task())
+        await true(lambda: create.requeues == 1)
+        assert asyncio.get_running_loop().time() - began > 0.2
+        assert create.acks == 0
 
 
 async def test_an_alarm_comes_once_in_a_row_of_failures() -> None:

@@ -233,6 +233,10 @@ class Outcomes:
         """End what cannot be decoded: a copy goes to the dead exchange, with the reason; the outcome event tells of it."""
         self._spawn(session, self._bury(incoming, error, session, command_id))
 
+    def give_back(self, task: Task) -> None:
+        """Return a command that can have no end now to its queue, after a moment."""
+        self._spawn(task.command.session, _give_back(task.incoming), task.at)
+
     def lapse(self, task: Task, error: CommandError) -> None:
         """End a command that RabbitMQ took out of its queue, with `error` unless it has an outcome already."""
         self._spawn(task.command.session, self._lapse(task, error), task.at)

@@ -411,7 +411,7 @@ class Session:
             if await self._deps.outcomes.to_dead(task.incoming, e):
                 self._deps.outcomes.fail(task, e)
             else:
-                await task.incoming.requeue()
+                self._deps.outcomes.give_back(task)
         except CommandError as e:
             self._deps.outcomes.fail(task, e)
         except StateError as e:
