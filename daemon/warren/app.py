@@ -48,7 +48,7 @@ from warren.services.outcomes import Outcomes
 from warren.services.restore import RestoreOptions, Restorer
 from warren.services.sending import Pacing
 from warren.services.session import Deps, Session, SessionOptions
-from warren.services.vault import Vault
+from warren.services.vault import Shelf, Vault
 
 if TYPE_CHECKING:
     from warren.edges.http import HttpServer
@@ -315,6 +315,15 @@ class Daemon:
             logger.bind(action="storage_default").warning("{}", warning)
         return vault
 
+    def _leftovers(self) -> Shelf | None:
+        """In `local` mode: where backups of earlier days would be. Opened for who needs it, which may be nobody."""
+        s, p = self.settings.storage, self._parts
+        if s.url is None and not (self.settings.state_dir / "backups").is_dir():
+            return None
+        if p.objects is None:
+            p.objects = open_store(s, self.settings.state_dir)
+        return Shelf(p.objects, Names(s.prefix))
+
     def _backup_options(self) -> BackupOptions:
         s = self.settings.storage
         return BackupOptions(
@@ -343,6 +352,7 @@ class Daemon:
             now=_now,
             random01=random.random,
             metrics=p.metrics,
+            leftovers=self._leftovers,
         )
         p.restorer = Restorer(
             vault,

@@ -250,12 +250,18 @@ async def test_from_local_to_hybrid_and_back(tmp_path: Path, broker: Broker, pre
         await talks(rig, "acme", "in hybrid")
         assert await rig.warrend.stop() == 0
 
-        # And back: the local copy goes on.
-        rig.warrend = rig.machine("hybrid", WARREN_STORAGE__MODE="local")
+        # And back: the local copy goes on, and a logout takes the backups of before along.
+        rig.warrend = rig.machine("hybrid", **(bucket.environment() | {"WARREN_STORAGE__MODE": "local"}))
         after = len(rig.got.events)
         await rig.restart()
         await rig.got.event("connected", "acme", after=after)
         await talks(rig, "acme", "in local")
+        assert (await rig.call("logout", "acme")).ok
+
+        async def gone() -> bool:
+            return not any("/acme/" in name for name in await bucket.raw())
+
+        await until(gone, "its backups of hybrid days to be deleted")
 
 
 async def test_cloud_mode_has_nothing_on_the_machine_that_is_missed(tmp_path: Path, broker: Broker, prefix: str) -> None:

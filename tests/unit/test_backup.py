@@ -27,7 +27,7 @@ from warren.services.delivery import Delivery, DeliveryOptions
 from warren.services.fleet import Fleet, FleetOptions
 from warren.services.restore import Restored, RestoreOptions, Restorer
 from warren.services.session_record import decode, decode_end
-from warren.services.vault import Vault, sha256
+from warren.services.vault import Shelf, Vault, sha256
 
 BACKUP_ERRORS = {"no_storage", "backup_failed", "restore_failed", "not_now"}
 """The rows of the table of errors that are tested in tests/unit/test_backup*.py."""
@@ -768,7 +768,7 @@ async def test_a_logout_shreds_and_deletes(machines: Any, objects: MemoryObjects
         await a.backups.forget("acme")
     await a.backups.forget("acme")
     deleted = [name for verb, name in objects.calls if verb == "delete"]
-    assert deleted[:2] == ["warren/acme/key", "warren/acme/key"]
+    assert deleted[0] == "warren/acme/key"
     assert {n.split("/")[1] for n in objects.objects} == {"acme2", ".key-check"}
     assert await a.store.backup("acme") is None
 
@@ -817,6 +817,41 @@ async def test_whose_the_newest_backup_is(machines: Any) -> None:
         assert not await a.backups.newest_is_ours("acme"), "removing it here would delete what b lives on"
         assert await b.backups.newest_is_ours("acme")
         await b.back_up("acme", "b1")
+
+
+async def test_the_removal_of_a_stale_owner_leaves_the_others_backups_alone(machines: Any, objects: MemoryObjects) -> None:
+    a, b = await machines("a"), await machines("b")
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    b.serve(SessionRecord("acme", 1, Desired.RUNNING))
+    await b.check("acme")
+    before = dict(objects.objects)
+    a.backups.end("acme")
+    objects.failing = 1
+    with pytest.raises(StorageError):
+        await a.backups.forget("acme")
+    await a.backups.forget("acme")
+    assert objects.objects == before
+    assert await a.store.backup("acme") is None
+    assert await b.back_up("acme", "b1") == "2/1"
+    b.backups.end("acme")
+    await b.backups.forget("acme")
+    assert set(objects.objects) == {"warren/.key-check"}
+
+
+async def test_a_put_whose_answer_was_lost_is_ours_to_remove(machines: Any, objects: MemoryObjects) -> None:
+    a = await machines()
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    objects.losing_answers = 1
+    with pytest.raises(CommandError):
+        await a.back_up("acme", "two")
+    a.backups._jobs["acme"].timer.cancel()
+    assert a.places("acme") == ["1/1", "1/2"]
+    assert await a.backups.newest_is_ours("acme")
+    a.backups.end("acme")
+    await a.backups.forget("acme")
+    assert set(objects.objects) == {"warren/.key-check"}
 
 
 async def test_a_session_that_was_created_again_elsewhere_has_a_key_of_its_own(machines: Any) -> None:
@@ -955,3 +990,20 @@ async def test_without_a_store_nothing_happens(tmp_path: Path, objects: MemoryOb
     assert told.value.reason == "no_storage"
     assert objects.calls == []
     await machine.stop()
+
+
+async def test_in_local_mode_the_backups_of_earlier_days_go_with_their_session(machines: Any, objects: MemoryObjects) -> None:
+    a = await machines()
+    for session in ("acme", "other"):
+        await a.create(session, "one")
+        await a.back_up(session, "one")
+    a.backups._vault, a.backups._leftovers = None, lambda: Shelf(objects, Names("warren"))
+    objects.failing = 1
+    with pytest.raises(StorageError):
+        await a.backups.forget("acme")
+    await a.backups.forget("acme")
+    assert {n.split("/")[1] for n in objects.objects} == {"other", ".key-check"}
+    assert await a.store.backup("acme") is None
+    objects.calls.clear()
+    await a.backups.forget("never-backed-up")
+    assert objects.calls == [], "who never used a store needs none"

@@ -29,7 +29,7 @@ from warren.ports import BackupRow, PutBackup, RemoveBackup, SessionRecord, Stat
 from warren.services.delivery import Delivery
 from warren.services.engines import Engines
 from warren.services.session_record import JOURNAL_ROWS, Stored, encode
-from warren.services.vault import Vault, sha256
+from warren.services.vault import Shelf, Vault, sha256
 
 MAX_ATTEMPTS_KEPT = 200
 """Digests of tries under one number. More tries than that are hours apart: no put of the first can arrive any more."""
@@ -100,7 +100,9 @@ class _Job:
 
 
 class Backups:
-    """The backups of every session of this daemon. `vault` None: `[storage] mode` is `local`, and nothing here does anything."""
+    """The backups of every session of this daemon. `vault` None: `[storage] mode` is `local`, and nothing here does anything,
+    except that what earlier days have put goes with its session: `leftovers` is where that would be; None: nowhere.
+    """
 
     def __init__(
         self,
@@ -114,7 +116,9 @@ class Backups:
         now: Callable[[], datetime],
         random01: Callable[[], float],
         metrics: Metrics | None = None,
+        leftovers: Callable[[], Shelf | None] = lambda: None,
     ) -> None:
+        self._leftovers = leftovers
         self._vault, self._store, self._state_dir = vault, store, state_dir
         self._engines, self._delivery, self._options = engines, delivery, options
         self._now, self._random01, self._metrics = now, random01, metrics or Metrics()
@@ -169,12 +173,20 @@ class Backups:
             self._ending[session] = job
 
     async def forget(self, session: str) -> None:
-        """Delete every object of a session that has ended, the key first. Raises StorageError."""
+        """Delete every object of a session that has ended, the key first, unless somebody else lives on them.
+
+        Raises StorageError, StateError, ConfigError.
+        """
         if (job := self._ending.get(session)) is not None:
             async with job.lock:  # what is being put must not arrive behind our back
                 del self._ending[session]
-        if self._vault is not None:
-            await self._vault.forget(session)
+        if (shelf := await self._shelf(session)) is not None:
+            if await self._is_ours(shelf, session):
+                await shelf.forget(session)
+            else:
+                logger.bind(action="backups_left", session=session).warning(
+                    "Another warren goes on with session {}: it is removed here, and its backups are left alone.", session
+                )
         await self._store.write(RemoveBackup(session))
 
     async def unused_s(self, session: str, *, unused: bool) -> float:
@@ -198,10 +210,22 @@ class Backups:
         """Whether nobody else has written behind our last backup: what is another one's is not ours to delete. Raises
         StorageError, StateError.
         """
-        if self._vault is None:
+        shelf = await self._shelf(session)
+        return shelf is None or await self._is_ours(shelf, session)
+
+    async def _shelf(self, session: str) -> Shelf | None:
+        """Where the session may have backups; None: nowhere."""
+        if self._vault is not None:
+            return self._vault
+        return self._leftovers() if await self._store.backup(session) is not None else None
+
+    async def _is_ours(self, shelf: Shelf, session: str) -> bool:
+        # In this order: what is put meanwhile is on record before it is there.
+        last, row = newest(await shelf.listed(session)), await self._store.backup(session)
+        if last is None or row is None or (last.epoch, last.sequence) <= (row.epoch, row.sequence):
             return True
-        row, last = await self._store.backup(session), newest(await self._vault.listed(session))
-        return last is None or (row is not None and (last.epoch, last.sequence) <= (row.epoch, row.sequence))
+        # Our own put, whose answer was lost.
+        return last == Place(row.epoch, row.sequence + 1) and await shelf.digest(session, last) in row.attempts
 
     # --- triggers
 

@@ -12,12 +12,46 @@ from warren.ports import Listed, ObjectStore
 from warren.services.backup_keys import check_keys
 
 
-class Vault:
-    """One try each; whoever calls repeats. Everything raises StorageError, and SealError for what does not open."""
+class Shelf:
+    """The objects of sessions, for who needs their names only: no key. One try each; everything raises StorageError."""
+
+    def __init__(self, objects: ObjectStore, names: Names) -> None:
+        self._objects, self._names = objects, names
+
+    async def _store(self) -> ObjectStore:
+        return self._objects
+
+    async def _list(self, prefix: str) -> list[Listed]:
+        return await (await self._store()).list(prefix)
+
+    async def listed(self, session: str) -> dict[Place, Listed]:
+        """The objects of a session, ascending, whatever they turn out to be."""
+        objects = await self._list(self._names.session(session))
+        parsed = ((self._names.parse(found.name), found) for found in objects)
+        return dict(sorted((told[1], found) for told, found in parsed if told is not None and told[1] is not None))
+
+    async def digest(self, session: str, place: Place) -> str | None:
+        """SHA-256 of an object as it lies in the store; None: it is not there."""
+        found = await (await self._store()).get(self._names.backup(session, place))
+        return None if found is None else sha256(found.data)
+
+    async def delete(self, session: str, place: Place) -> None:
+        await (await self._store()).delete(self._names.backup(session, place))
+
+    async def forget(self, session: str) -> None:
+        """Delete everything of a session; the key first, which makes the rest unreadable at once."""
+        await (await self._store()).delete(self._names.key(session))
+        for listed in await self._list(self._names.session(session)):
+            await (await self._store()).delete(listed.name)
+
+
+class Vault(Shelf):
+    """Everything raises StorageError, and SealError for what does not open."""
 
     def __init__(self, objects: ObjectStore, names: Names, keyring: Keyring, *, checked: bool = False) -> None:
         """`checked`: `check` is not needed, for who only reads."""
-        self._objects, self._names, self._keyring = objects, names, keyring
+        super().__init__(objects, names)
+        self._keyring = keyring
         self._keys: dict[str, DataKey] = {}
         self._checked = self._reading = checked
         self._checking = asyncio.Lock()
@@ -55,12 +89,6 @@ class Vault:
 
     # --- looking
 
-    async def listed(self, session: str) -> dict[Place, Listed]:
-        """The objects of a session, ascending, whatever they turn out to be."""
-        objects = await self._list(self._names.session(session))
-        parsed = ((self._names.parse(found.name), found) for found in objects)
-        return dict(sorted((told[1], found) for told, found in parsed if told is not None and told[1] is not None))
-
     async def sessions(self) -> dict[str, list[Place]]:
         """Every session that has objects, with their places, ascending."""
         found: dict[str, list[Place]] = {}
@@ -86,11 +114,6 @@ class Vault:
             if (there := await self.key(session)) == key:
                 raise
             return await asyncio.to_thread(open_sealed, there, Position(session, place), found.data)
-
-    async def digest(self, session: str, place: Place) -> str | None:
-        """SHA-256 of an object as it lies in the store; None: it is not there."""
-        found = await (await self._store()).get(self._names.backup(session, place))
-        return None if found is None else sha256(found.data)
 
     async def key(self, session: str, *, make: bool = False) -> DataKey:
         """The session's data key. Raises SealError when there is none (its backups are shredded then), unless it may be made."""
@@ -150,15 +173,9 @@ class Vault:
 
     # --- deleting
 
-    async def delete(self, session: str, place: Place) -> None:
-        await (await self._store()).delete(self._names.backup(session, place))
-
     async def forget(self, session: str) -> None:
-        """Delete everything of a session; the key first, which makes the rest unreadable at once."""
         self._keys.pop(session, None)
-        await (await self._store()).delete(self._names.key(session))
-        for listed in await self._list(self._names.session(session)):
-            await (await self._store()).delete(listed.name)
+        await super().forget(session)
 
 
 def sha256(data: bytes) -> str:
