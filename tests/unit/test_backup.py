@@ -749,8 +749,8 @@ async def test_strangers_are_found_and_another_warrens_are_left_alone(machines: 
         await a.back_up(session, "one")
     assert await b.restorer.strangers({"s2": 99}) == ["s1", "s3"]
     assert await b.restorer.strangers({"s2": 0}) == ["s1", "s2", "s3"], "created anew elsewhere since it ended here"
-    stored, epoch = await b.restorer.peek("s1")
-    assert (stored.record.session, epoch) == ("s1", 2)
+    peeked = await b.restorer.peek("s1")
+    assert (peeked.stored.record.session, peeked.epoch, peeked.last) == ("s1", 2, Place(1, 1))
     b.restorer._options = replace(b.restorer._options, source="/warren/staging")
     assert await b.restorer.peek("s1") is None
 
@@ -924,7 +924,7 @@ async def test_one_session_that_cannot_be_read_keeps_no_other_from_being_taken_u
         async def strangers(self, known: object) -> list[str]:
             return ["a", "b", "c"]
 
-        async def peek(self, session: str) -> None:
+        async def peek(self, session: str, before: object = None) -> None:
             looked_at.append(session)
             if session == "b":
                 raise StorageError("This file cannot be read.", kind="unavailable")
@@ -935,6 +935,43 @@ async def test_one_session_that_cannot_be_read_keeps_no_other_from_being_taken_u
     await until(lambda: "c" in looked_at, "the session behind the bad one")
     adopting.cancel()
     await asyncio.gather(adopting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("meanwhile", ["backed up", "logged out", "store away", "nothing"])
+async def test_what_happens_until_the_claim_is_ours_counts(machines: Any, objects: MemoryObjects, meanwhile: str) -> None:
+    a, b = await machines("a"), await machines("b")
+    owner = await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    released: list[bool] = []
+    added: list[SessionRecord] = []
+
+    class Held:
+        async def release(self, *, remove: bool = False) -> None:
+            released.append(remove)
+
+    async def claim(session: str, **_: object) -> Held:
+        if meanwhile == "backed up":
+            owner.record = replace(owner.record, desired=Desired.STOPPED)
+            await a.back_up("acme", "two")
+        elif meanwhile == "logged out":
+            a.backups.end("acme")
+            await a.backups.forget("acme")
+        elif meanwhile == "store away":
+            objects.failing = 1
+        objects.calls.clear()
+        return Held()
+
+    fleet = Fleet(cast(Any, SimpleNamespace(claim=claim)), b.store, lambda _: cast(Any, b), FleetOptions())
+    fleet._on_control = fleet._on_work = cast(Any, None)
+    fleet._add = cast(Any, lambda record, _: (added.append(record), SimpleNamespace(resume=lambda: None))[1])
+    if meanwhile == "store away":
+        with pytest.raises(StorageError):
+            await fleet._adopt("acme")
+    else:
+        await fleet._adopt("acme")
+    assert [r.desired for r in added] == {"backed up": [Desired.STOPPED], "nothing": [Desired.RUNNING]}.get(meanwhile, [])
+    assert released == {"logged out": [True], "store away": [False]}.get(meanwhile, [])
+    assert len(objects.calls) == 1 or meanwhile != "nothing", "what has not changed is not read again"
 
 
 async def test_old_backups_go(machines: Any, objects: MemoryObjects) -> None:

@@ -17,8 +17,8 @@ from warren.core.backup_names import MAX_NUMBER
 from warren.core.backup_plan import DAY_S
 from warren.errors import BrokerUnavailable, CommandError, OwnershipError, StateError, StorageError, WarrenError
 from warren.ports import Bus, Claim, Desired, OnMessage, PutSession, SessionRecord, Store
+from warren.services.restore import Peeked
 from warren.services.session import Deps, Session, SessionOptions
-from warren.services.session_record import Stored
 
 CLAIM_TIMEOUT_S = 30.0
 HOUSEKEEPING_S = 3_600.0
@@ -197,17 +197,21 @@ class Fleet:
             return
         async with self._claiming.setdefault(session, asyncio.Lock()):
             if session not in self._sessions:
-                await self._take_up(session, *peeked)
+                await self._take_up(session, peeked)
 
-    async def _take_up(self, session: str, stored: Stored, epoch: int) -> None:
+    async def _take_up(self, session: str, peeked: Peeked) -> None:
         try:
             claim = await self._bus.claim(session, on_control=self._on_control, on_work=self._on_work)
         except OwnershipError:
             return  # it is served elsewhere
-        record = replace(stored.record, epoch=epoch)
         try:
-            await self._store.write(PutSession(record), *stored.beside(()))
-        except StateError:
+            # Whoever served it until now may have backed it up, or logged it out, since we looked.
+            if (now := await self._deps.restorer.peek(session, peeked)) is None:
+                await claim.release(remove=True)
+                return
+            record = replace(now.stored.record, epoch=now.epoch)
+            await self._store.write(PutSession(record), *now.stored.beside(()))
+        except (StateError, StorageError):
             await claim.release()
             raise
         logger.bind(action="adopted", session=session).info("Session {} is taken up from the store.", session)

@@ -60,6 +60,17 @@ class Restored:
     stored: Stored
 
 
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """What the store tells of a session that this machine does not know."""
+
+    stored: Stored
+    epoch: int
+    """Above all its others."""
+    last: Place
+    """Its newest object."""
+
+
 Tell = Callable[[str, str], None]
 """Told the code of a cause, and what is the matter, while a session waits."""
 
@@ -160,14 +171,15 @@ class Restorer:
         found = await self._vault.sessions()
         return [s for s, places in found.items() if s not in known or places[-1].epoch > known[s]]
 
-    async def peek(self, session: str) -> tuple[Stored, int] | None:
-        """The newest record of a session and an epoch above all its others; None: it is another warren's, or has no whole state.
-
-        Raises StorageError.
+    async def peek(self, session: str, before: Peeked | None = None) -> Peeked | None:
+        """The newest record of a session; None: it is another warren's, or has no whole state. Not read again if nothing was put
+        since `before`. Raises StorageError.
         """
         assert self._vault is not None
         try:
             listed = await self._vault.listed(session)
+            if before is not None and newest(listed) == before.last:
+                return before
             chosen = await self._choose(self._vault, session, listed, None, stage=False)
         except SealError as e:
             logger.bind(action="adoption_refused", session=session).error("A session in the store cannot be taken up: {}", e)
@@ -180,7 +192,7 @@ class Restorer:
                 self._options.source,
             )
             return None
-        return chosen.stored, next_epoch(listed, chosen.end.next_epoch if chosen.end else 0)
+        return Peeked(chosen.stored, next_epoch(listed, chosen.end.next_epoch if chosen.end else 0), max(listed))
 
     # --- inside
 
