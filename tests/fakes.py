@@ -74,7 +74,7 @@ class MemoryStore:
         """All of a unit or nothing of it."""
         if self.failing:
             self.failing -= 1
-            return StateError("The disk is full.")
+            return StateError("The disk is full.", retryable=True)
         before = (
             dict(self.rows),
             dict(self.journal),

@@ -15,7 +15,7 @@ from loguru import logger
 from tests.fakes import MemoryBus, MemoryStore
 
 from warren.core.names import Topology
-from warren.ports import Desired, JournalRow, Published, SessionRecord
+from warren.ports import Desired, JournalRow, OutboxRow, Published, SessionRecord
 from warren.services import delivery as module
 from warren.services.delivery import Delivery, DeliveryOptions
 
@@ -263,6 +263,30 @@ async def test_a_bug_of_the_store_or_the_bus_silences_nobody(bus: MemoryBus, sto
         tickets = [delivery.submit("a", "message", {"n": n}, event_id=f"a/{n}") for n in range(3)]
         await asyncio.wait_for(asyncio.gather(*(t.confirmed for t in tickets)), 30)
     assert [i for i, _ in bus.published][-3:] == ["a/0", "a/1", "a/2"]
+
+
+async def test_an_event_that_can_not_be_stored_holds_up_its_session_alone(
+    bus: MemoryBus, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "delay", lambda *_, **__: 0.001)
+    async with running(bus, store) as delivery:
+        store.rows["a", 1, 2] = OutboxRow("a", 1, 2, "older", "message", b"{}")  # as if its number had been used
+        begin(delivery, "a")
+        begin(delivery, "b")
+        tickets = [delivery.submit(s, "message", {"n": n}, event_id=f"{s}/{n}") for n in range(3) for s in ("a", "b")]
+        await asyncio.wait_for(asyncio.gather(tickets[0].confirmed, *(t.confirmed for t in tickets[1::2])), 30)
+        later = [delivery.submit(s, "message", {"n": 3}, event_id=f"{s}/3") for s in ("a", "b")]
+        await asyncio.wait_for(later[1].confirmed, 30)
+        assert not tickets[2].stored.done()
+        assert not later[0].stored.done()
+        assert not delivery.empty
+        assert delivery.waiting() == 3
+        assert delivery.trouble == ""
+        del store.rows["a", 1, 2]
+        await asyncio.wait_for(asyncio.gather(tickets[4].confirmed, later[0].confirmed), 30)
+        await asyncio.wait_for(delivery.drain(), 30)
+    assert [i for i, _ in bus.published if i.startswith("a/")] == ["a/0", "a/1", "a/2", "a/3"]
+    assert delivery._sequences == {("a", 1): 4, ("b", 1): 4}
 
 
 async def test_what_comes_again_while_nothing_can_be_stored_does_not_pile_up(

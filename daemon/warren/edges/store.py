@@ -603,6 +603,8 @@ def explain(error: sqlite3.Error | OSError, path: Path) -> WarrenError:
         return StateError(
             f"{path} cannot be used: {error.strerror}.", hint="Check `state_dir`, its free space and its owner.", retryable=True
         )
+    if isinstance(error, sqlite3.IntegrityError | sqlite3.DataError | sqlite3.InterfaceError | sqlite3.ProgrammingError):
+        return StateError(f"{path} does not take a row: {error}.", hint="This is a bug of warren: please report it.")
     # The low byte is the primary code; the rest refines it.
     match getattr(error, "sqlite_errorcode", 0) & 0xFF:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:

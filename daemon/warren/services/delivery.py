@@ -21,7 +21,7 @@ from warren.core import envelope
 from warren.core.backoff import delay
 from warren.core.metrics import Metrics
 from warren.core.names import Topology, event_id, event_routing_key
-from warren.errors import StateError
+from warren.errors import StateError, WarrenError
 from warren.ports import AddEvent, Bus, JournalRow, OutboxRow, Published, PutOutcome, RemoveEvents, SessionRecord, Store, Write
 
 MAX_BATCH = 500
@@ -120,6 +120,10 @@ class _Lane:
     current: OutboxRow | None = None
     """The row that is being published: the oldest one without a confirm."""
     task: asyncio.Task[None] | None = None
+    held: deque[_Entry] = field(default_factory=deque)
+    """Events that the store does not take, and all that came after them."""
+    holding: asyncio.Task[None] | None = None
+    """Tries them again; there as long as any are held."""
 
     def append(self, row: OutboxRow, entry: _Entry) -> None:
         self.rows += 1
@@ -134,7 +138,7 @@ class _Lane:
 
     @property
     def idle(self) -> bool:
-        return self.task is None and not self.cache and not self.spilled
+        return self.task is None and not self.cache and not self.spilled and self.holding is None
 
 
 class Delivery:
@@ -188,7 +192,8 @@ class Delivery:
 
     async def stop(self) -> None:
         """Stop publishing. Rows without a confirm stay on disk for the next start."""
-        tasks = [t for t in (self._committer, *(lane.task for lane in self._lanes.values())) if t is not None]
+        of_lanes = [t for lane in self._lanes.values() for t in (lane.task, lane.holding)]
+        tasks = [t for t in (self._committer, *of_lanes) if t is not None]
         tasks += self._ephemeral
         for task in tasks:
             task.cancel()
@@ -211,11 +216,13 @@ class Delivery:
 
     def waiting(self) -> int:
         """Events taken and not confirmed, those from before the last start not counted."""
-        return len(self._waiting) + self._committing + sum(max(0, lane.rows) for lane in self._lanes.values())
+        of_lanes = sum(max(0, lane.rows) + len(lane.held) for lane in self._lanes.values())
+        return len(self._waiting) + self._committing + of_lanes
 
     def oldest(self) -> datetime | None:
         """When the oldest event that RabbitMQ has not confirmed happened; None when none waits."""
         times = [envelope.event_time(lane.current.body) for lane in self._lanes.values() if lane.current is not None]
+        times += [lane.held[0].time for lane in self._lanes.values() if lane.held]
         return min([*times, *(entry.time for entry in list(self._waiting)[:1])], default=None)
 
     def serves(self, session: str) -> bool:
@@ -301,20 +308,31 @@ class Delivery:
             self._wake.clear()
             while self._waiting:
                 await self._room()
-                batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+                batch = self._batch()
                 self._committing = len(batch)
                 await self._commit(batch)
                 self._committing = 0
             self._settled.set()
 
+    def _batch(self) -> list[_Entry]:
+        """What waits; the events of a session whose earlier ones are held join those."""
+        batch: list[_Entry] = []
+        for entry in [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]:
+            lane = self._lane(entry.session)
+            (batch if lane.holding is None else lane.held).append(entry)
+        return batch
+
     async def _room(self) -> None:
         """Wait while the outbox is full. Nothing is answered meanwhile, so WhatsApp and RabbitMQ keep what they have."""
+        waited = False
         while problem := self._full():
+            waited = True
             if not self.trouble:
                 logger.bind(action="outbox_full").error("{} Nothing more is taken until there is room.", problem)
                 self.trouble = problem
             await asyncio.sleep(ROOM_POLL_S)
-        self._recovered()
+        if waited:
+            self._recovered()
 
     def _full(self) -> str:
         if self._bytes >= self._options.max_bytes:
@@ -327,22 +345,76 @@ class Delivery:
             logger.bind(action="outbox_room").info("Events are stored again.")
 
     async def _commit(self, batch: list[_Entry]) -> None:
-        """Store a batch, trying until it is stored: events that were taken are never given up."""
-        rows, numbers = self._number(batch)
-        writes = [*self._take_confirmed(), *(w for entry, row in zip(batch, rows, strict=True) for w in self._writes(entry, row))]
+        """Store a batch: events that were taken are never given up. Trouble of the disk is everybody's, and waited out here;
+        what else the store refuses is the trouble of the sessions that it is about.
+        """
+        confirmed = self._take_confirmed()
         attempt = 0
         while True:
             try:
-                await self._store.write(*writes)
-                break
+                return await self._put(batch, *confirmed)
             except Exception as e:  # whatever it is: this loop must not end, and the batch is not given up
-                if not self.trouble:
-                    logger.bind(action="store_failed").opt(exception=not isinstance(e, StateError)).error(
-                        "Events cannot be stored: {}", e
-                    )
-                    self.trouble = str(e)
-                await asyncio.sleep(delay(attempt, base_s=0.5, cap_s=10.0, random01=self._random01()))
+                if not (isinstance(e, WarrenError) and e.retryable):
+                    break
+                self._failed(e)
+                await asyncio.sleep(self._pause_s(attempt))
                 attempt += 1
+        for write in confirmed:
+            self._confirmed.extend(write.keys)
+        await self._commit_apart(batch)
+
+    async def _commit_apart(self, batch: list[_Entry]) -> None:
+        """Store what can be stored, session by session, and hold the rest."""
+        apart: dict[str, list[_Entry]] = {}
+        for entry in batch:
+            apart.setdefault(entry.session, []).append(entry)
+        stored, error = False, None
+        for session, entries in apart.items():
+            try:
+                await self._put(entries)
+                stored = True
+            except Exception as e:
+                error = e
+                logger.bind(action="events_held", session=session).opt(exception=not isinstance(e, StateError)).error(
+                    "Events of session {} cannot be stored and wait; they are tried again: {}", session, e
+                )
+                lane = self._lane(session)
+                lane.held.extend(entries)
+                lane.holding = asyncio.create_task(self._hold(lane), name=f"delivery.held.{session}")
+        if error is not None and not stored:
+            self._failed(error)
+
+    async def _hold(self, lane: _Lane) -> None:
+        """Store a session's held events, one by one in their order, until none is left."""
+        attempt = 0
+        while lane.held:
+            await asyncio.sleep(self._pause_s(attempt))
+            try:
+                while lane.held:
+                    await self._room()
+                    await self._put([lane.held[0]])
+                    lane.held.popleft()
+                    attempt = 0
+            except Exception:  # told when they began to be held
+                attempt += 1
+        lane.holding = None
+        self._settled.set()
+
+    def _pause_s(self, attempt: int) -> float:
+        return delay(attempt, base_s=0.5, cap_s=10.0, random01=self._random01())
+
+    def _failed(self, error: Exception) -> None:
+        if not self.trouble:
+            logger.bind(action="store_failed").opt(exception=not isinstance(error, StateError)).error(
+                "Events cannot be stored: {}", error
+            )
+            self.trouble = str(error)
+
+    async def _put(self, batch: list[_Entry], *also: Write) -> None:
+        """One commit, all or nothing. Raises what the store does."""
+        rows, numbers = self._number(batch)
+        writes = [*also, *(w for entry, row in zip(batch, rows, strict=True) for w in self._writes(entry, row))]
+        await self._store.write(*writes)
         self._recovered()
         self._sequences.update(numbers)
         for entry, row in zip(batch, rows, strict=True):
@@ -478,7 +550,7 @@ class Delivery:
         if ticket is not None:
             ticket.mark_confirmed()
 
-    def _take_confirmed(self) -> tuple[Write, ...]:
+    def _take_confirmed(self) -> tuple[RemoveEvents, ...]:
         keys, self._confirmed = tuple(self._confirmed), []
         return (RemoveEvents(keys),) if keys else ()
 
