@@ -588,7 +588,7 @@ async def test_a_create_that_kills_the_daemon_goes_to_the_dead_queue() -> None:
 
 async def test_what_the_dead_queue_does_not_take_is_not_tried_in_a_hot_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ends, "GIVE_BACK_S", 0.3)
-    async with running(paired=True, desired=Desired.STOPPED) as (session, engines, store):
+    async with running(paired=True, desired=Desired.STOPPED) as (session, _, store):
         store.started["acme", "create-1"] = MAX_STARTS
         cast(Any, session._deps.outcomes)._bus.answers = lambda _: Published.REFUSED
         create = Command("create", redelivered=True)
