@@ -133,7 +133,7 @@ class Machine:
             self.store,
             self.states,
             self.backups,
-            options=RestoreOptions(self.instance, SOURCE, wait_s=0.1, retry_base_s=0.01, retry_cap_s=0.02),
+            options=RestoreOptions(self.instance, SOURCE, wait_s=0.1, retry_base_s=0.01, retry_cap_s=0.02, concurrency=2),
             now=now,
             random01=lambda: 0.5,
         )
@@ -556,6 +556,43 @@ async def test_local_mode_left_before_the_first_backup(machines: Any) -> None:
     a = await machines()
     await a.create("acme", "one", epoch=4)
     assert await a.back_up("acme", "one") == "4/1"
+
+
+async def test_few_look_at_the_store_at_once_and_who_waits_for_its_turn_learns_that_it_is_away(
+    machines: Any, objects: MemoryObjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = await machines()
+    for n in range(8):
+        await a.create(f"s{n}", "one")
+        await a.back_up(f"s{n}", "one")
+    looking, most, looks, answer = 0, 0, 0, asyncio.Event()
+    listed = Vault.listed
+
+    async def slow(vault: Vault, session: str) -> Any:
+        nonlocal looking, most, looks
+        looks += 1
+        looking += 1
+        most = max(most, looking)
+        try:
+            async with asyncio.timeout(0.5):
+                await answer.wait()
+            return await listed(vault, session)
+        except TimeoutError:
+            raise StorageError("No answer.", kind="unavailable") from None
+        finally:
+            looking -= 1
+
+    await a.again()
+    monkeypatch.setattr(Vault, "listed", slow)
+    answer.set()
+    assert await asyncio.gather(*(a.check(f"s{n}") for n in range(8))) == [None] * 8
+    assert (most, looks) == (2, 8)
+    await a.again()
+    answer.clear()
+    async with asyncio.timeout(30):
+        assert await asyncio.gather(*(a.check(f"s{n}") for n in range(8))) == [None] * 8, "they go on with what is here"
+    assert most == 2
+    assert looks < 16, "not each of them has to find out by itself"
 
 
 async def test_a_missing_state_waits_for_the_store_for_ever(machines: Any, objects: MemoryObjects) -> None:

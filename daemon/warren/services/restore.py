@@ -39,6 +39,9 @@ from warren.services.backup import Backups
 from warren.services.session_record import End, Stored, decode, decode_end, encode_end
 from warren.services.vault import Vault
 
+TURN_S = 0.1
+"""Least time between two questions of a session that waits for its turn, whether the store is away."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestoreOptions:
@@ -100,6 +103,9 @@ class Restorer:
         self._vault, self._store, self._state_dir, self._backups = vault, store, state_dir, backups
         self._options, self._now, self._random01 = options, now, random01
         self._slots = asyncio.Semaphore(options.concurrency)
+        self._looks = asyncio.Semaphore(options.concurrency)
+        self._away: StorageError | None = None
+        """How the last listing before an `open` failed."""
 
     # --- before a session is opened
 
@@ -201,7 +207,7 @@ class Restorer:
         row = await self._store.backup(session)
         local = await self._local(record, row)
         while True:
-            match decide(local, list(await vault.listed(session))):
+            match decide(local, await self._look(vault, session)):
                 case Fresh() | UseLocal():
                     self._backups.settle(session, row)
                     return None
@@ -216,6 +222,30 @@ class Restorer:
                         local = Local(_recorded(record, row))
                 case _:
                     return await self._restore(vault, record, None, tell)
+
+    async def _look(self, vault: Vault, session: str) -> list[Place]:
+        """The places of a session. At the start everybody looks: a few at once.
+
+        Raises StorageError, also for who waited for its turn in vain while the store does not answer the others.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(max(self._options.wait_s, TURN_S)):
+                    await self._looks.acquire()
+                break
+            except TimeoutError:
+                if (away := self._away) is not None:
+                    raise StorageError(away.message, kind=away.kind, hint=away.hint) from None
+        try:
+            places = list(await vault.listed(session))
+        except StorageError as e:
+            self._away = e
+            raise
+        else:
+            self._away = None
+            return places
+        finally:
+            self._looks.release()
 
     async def _local(self, record: SessionRecord, row: BackupRow | None) -> Local | None:
         epoch = await self._state_dir.current_epoch(record.session)
