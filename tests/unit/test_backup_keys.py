@@ -234,6 +234,20 @@ def test_what_stands_in_its_place_is_never_overwritten(tmp_path: Path) -> None:
         load_keyring(StorageSettings(), tmp_path, make=True)
 
 
+def test_no_second_key_is_made_beside_backups_of_the_first(tmp_path: Path) -> None:
+    session = tmp_path / "backups" / "warren" / "acme"
+    session.mkdir(parents=True)
+    load_keyring(StorageSettings(), tmp_path, make=True)
+    (tmp_path / "storage.key").unlink()
+    (session / "key").write_bytes(b"wrapped")
+    with pytest.raises(ConfigError, match="Nothing was written") as told:
+        load_keyring(StorageSettings(), tmp_path, make=True)
+    assert "Bring the file back" in told.value.hint
+    assert not (tmp_path / "storage.key").exists()
+    (tmp_path / "backups").rename(tmp_path / "away")
+    load_keyring(StorageSettings(), tmp_path, make=True)
+
+
 def test_a_half_written_key_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_power(fd: int) -> None:
         raise OSError(5, "Input/output error")

@@ -57,6 +57,12 @@ def _own_key(path: Path, *, make: bool) -> MasterKey:
                 f"There is no key: [storage] key is not set, and the daemon has not made {path} yet.",
                 hint="Start the daemon once, or check --config.",
             ) from None
+        if any(found.is_file() for found in path.with_name("backups").rglob("*")):
+            # A new one would stand where the right one belongs, and be taken for it.
+            raise ConfigError(
+                f"{path} is gone, and {path.with_name('backups')} holds backups that only it opens. Nothing was written.",
+                hint="Bring the file back. If it is lost, move that directory away: sessions that have their state here go on.",
+            ) from None
         text = secrets.token_hex(KEY_BYTES)
         _write_new(path, f"{text}\n".encode())
     except (OSError, UnicodeDecodeError) as e:
