@@ -22,6 +22,8 @@ Tell = Callable[[int, int], None]
 """Progress: how many are done, of how many."""
 CheckDatabase = Callable[[bytes], str]
 """What is wrong with a database, "" when nothing is; runs in a thread."""
+MAX_SEAL_BYTES = 1_000
+"""A seal has about 200 bytes, the smallest state some ten thousand: enough to know where to look, what it is shows when it opens."""
 ATTEMPTS = 3
 """Of a read that brings no answer, or half of one."""
 RETRY_S = 0.5
@@ -92,9 +94,13 @@ async def last_restores(vault: Vault, inventories: Sequence[Inventory], *, concu
 
 
 def _newest_seal(of: Inventory) -> Place | None:
-    """By protocol the last object of the newest epoch but one."""
+    """The newest object while the new epoch has no backup yet; else, by protocol, the last one of the epoch before."""
     last = of.newest
-    return None if last is None else max((place for place in of.objects if place.epoch < last.epoch), default=None)
+    if last is None:
+        return None
+    if of.objects[last].size <= MAX_SEAL_BYTES:
+        return last
+    return max((place for place in of.objects if place.epoch < last.epoch), default=None)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------------
