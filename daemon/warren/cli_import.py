@@ -247,12 +247,16 @@ async def _into_state_directory(plan: Plan, made: Path) -> dict[str, Any]:
         store = await SqliteStore.open(plan.settings.state_dir / "warren.db")
         try:
             known = await store.session(plan.session)
-            if (known is not None and known.desired is not Desired.GONE) or await state.epochs(plan.session):
+            if known is not None and known.desired is Desired.REMOVING and await store.backup(plan.session) is None:
+                await state.remove(plan.session)  # an import that was cut off, or a removal that has no more to do than this
+            elif (known is not None and known.desired is not Desired.GONE) or await state.epochs(plan.session):
                 raise ImportRefused(f"There is a session {plan.session} already.", hint="Choose another name.")
             report = await asyncio.to_thread(_engine, plan, made)
             database = await asyncio.to_thread(_database, made)
             epoch = known.epoch + 1 if known is not None else 1
-            # The row last: until it is there, nobody looks into the directory.
+            # Cut off from here on, what is left goes with the daemon's next start, or with the next import.
+            await store.write(PutSession(SessionRecord(plan.session, epoch, Desired.REMOVING)))
+            # The row that counts comes last: until it is there, nobody looks into the directory.
             folder = await state.prepare(plan.session, epoch)
             await asyncio.to_thread(_write_durably, folder / "state.db", database)
             record = _record(plan.session, report)

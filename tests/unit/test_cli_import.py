@@ -8,6 +8,7 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,35 @@ def test_an_import_that_was_cut_before_its_backup_can_be_repeated(tmp_path: Path
     asyncio.run(once())
     with pytest.raises(ImportRefused, match="has backups"):
         asyncio.run(once())
+
+
+@pytest.mark.parametrize("cut", ["before the state", "before the row"])
+def test_an_import_into_the_state_directory_that_was_cut_off_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    settings = load_settings().model_copy(update={"state_dir": tmp_path / "state"})
+    settings.state_dir.mkdir(mode=0o700)
+    plan = Plan(settings, "acme", tmp_path, "baileys", None)
+    monkeypatch.setattr(cli_import, "_engine", lambda *_: REPORT)
+    monkeypatch.setattr(cli_import, "_database", lambda _: b"a database")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def once() -> None:
+        asyncio.run(cli_import._into_state_directory(plan, tmp_path))
+
+    with monkeypatch.context() as at:
+        at.setattr(cli_import, "_write_durably" if cut == "before the state" else "_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            once()
+    once()
+    (state,) = (settings.state_dir / "sessions" / "acme").glob("*/state.db")
+    assert state.read_bytes() == b"a database"
+    assert (state.parent.parent / "current").read_text().strip() == state.parent.name
+    with pytest.raises(ImportRefused, match="already"):
+        once()
+    # A directory that nobody has on record may be a session whose registry was lost.
+    (settings.state_dir / "sessions" / "other" / "1").mkdir(parents=True)
+    with pytest.raises(ImportRefused, match="already"):
+        asyncio.run(cli_import._into_state_directory(replace(plan, session="other"), tmp_path))
