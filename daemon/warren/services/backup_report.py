@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ Tell = Callable[[int, int], None]
 CheckDatabase = Callable[[bytes], str]
 """What is wrong with a database, "" when nothing is; runs in a thread."""
 MAX_SEAL_BYTES = 1_000
-"""A seal has about 200 bytes, the smallest state some ten thousand: enough to know where to look, what it is shows when it opens."""
+"""A seal has about 200 bytes, a state tens of thousands: saves reading those to learn that they are none."""
 ATTEMPTS = 3
 """Of a read that brings no answer, or half of one."""
 RETRY_S = 0.5
@@ -76,31 +77,28 @@ async def inventory(objects: ObjectStore, names: Names, sessions: Iterable[str] 
 async def last_restores(vault: Vault, inventories: Sequence[Inventory], *, concurrency: int) -> dict[str, float]:
     """When each session last began a new epoch, which is what a restore does: Unix time, from its newest seal.
 
-    Sessions without a seal that opens are left out. One small read each.
+    Sessions without a seal that opens are left out. One or two small reads each.
     """
-    seals = [(of.session, place) for of in inventories if (place := _newest_seal(of)) is not None and of.has_key]
 
-    async def one(session: str, place: Place) -> tuple[str, float] | None:
-        try:
-            sealed = await vault.read(session, place)
-            if sealed is None or sealed.kind is not Kind.SEAL:
-                return None
-            return session, decode_end(session, place, sealed.record).at
-        except SealError:
-            return None
+    async def one(session: str, places: list[Place]) -> tuple[str, float] | None:
+        for place in places:
+            with contextlib.suppress(SealError):
+                sealed = await vault.read(session, place)
+                if sealed is not None and sealed.kind is Kind.SEAL:
+                    return session, decode_end(session, place, sealed.record).at
+        return None
 
-    found = await _all([partial(one, session, place) for session, place in seals], concurrency)
+    found = await _all([partial(one, of.session, _maybe_seals(of)) for of in inventories if of.has_key], concurrency)
     return dict(told for told in found if told is not None)
 
 
-def _newest_seal(of: Inventory) -> Place | None:
-    """The newest object while the new epoch has no backup yet; else, by protocol, the last one of the epoch before."""
+def _maybe_seals(of: Inventory) -> list[Place]:
+    """Where the newest seal can be: the newest object, while the new epoch has no backup, or the last one of the epoch before."""
     last = of.newest
     if last is None:
-        return None
-    if of.objects[last].size <= MAX_SEAL_BYTES:
-        return last
-    return max((place for place in of.objects if place.epoch < last.epoch), default=None)
+        return []
+    newest = [last] if of.objects[last].size <= MAX_SEAL_BYTES else []
+    return newest + sorted(place for place in of.objects if place.epoch < last.epoch)[-1:]
 
 
 # --- verify -------------------------------------------------------------------------------------------------------------
