@@ -780,6 +780,23 @@ async def test_a_queue_made_again_is_not_taken_for_new_at_the_next_start(
     await until(lambda: two.ids("acme.work") == ["w"])
 
 
+async def test_a_queue_that_holds_commands_is_never_taken_for_new(
+    station: MakeStation, peer: AbstractChannel, names: Topology
+) -> None:
+    one = await station()
+    await one.claim("acme")
+    await one.order("acme", "w0")
+    await one.bus.close()
+    await peer.declare_queue(names.new_queue("acme"), durable=True)  # as if RabbitMQ had forgotten that it was deleted
+    two = await station()
+    await two.keep("acme").consume_work()
+    await until(lambda: two.ids("acme.work") == ["w0"])
+    await two.order("acme", "w1")
+    await until(lambda: two.ids("acme.work") == ["w0", "w1"])
+    with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):
+        await peer.declare_queue(names.new_queue("acme"), passive=True)
+
+
 async def test_a_broker_that_comes_back_empty_gets_everything_again(
     broker: Broker, station: MakeStation, names: Topology
 ) -> None:

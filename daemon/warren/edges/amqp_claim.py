@@ -386,13 +386,15 @@ class AmqpClaim:
         names = self._options.topology
         control = await channel.declare_queue(self._control, durable=True, arguments={"x-dead-letter-exchange": names.dead})
         await control.bind(names.control, self.session)
-        new = await self._is_new(link)
+        new = await self._is_new(link, intake)
         if new:
             self._ripe = False  # also when it was before: a marker that is left behind has the next daemon delete commands
             await channel.declare_queue(self._new, durable=True)
             await intake.channel.queue_delete(self._work, timeout=self._options.request_timeout_s)
         work = await channel.declare_queue(self._work, durable=True, arguments=work_queue_arguments(names))
         if not new:
+            if not self._ripe:
+                await intake.channel.queue_delete(self._new, timeout=self._options.request_timeout_s)
             await work.bind(names.commands, self.session)
             self._ripe = True
         async with self._mutex:
@@ -407,21 +409,28 @@ class AmqpClaim:
     # had confirmed, for good (see docs/adr/0003-bus.md). So a work queue is bound only when it is older than that; until then a
     # second queue stands beside it that says so. What has that beside it is empty, and is simply made again.
 
-    async def _is_new(self, link: Link) -> bool:
-        if not self._ripe and await self._exists(link, self._new):
+    async def _is_new(self, link: Link, intake: Intake) -> bool:
+        if self._ripe or await self._messages(link, self._new) is None:
+            return await self._messages(link, self._work) is None
+        if await self._messages(link, self._work) is None:
             return True
-        return not await self._exists(link, self._work)
+        # Were the marker's deletion forgotten, there could be commands in the queue: it is deleted only when it is seen empty.
+        names, timeout_s = self._options.topology, self._options.request_timeout_s
+        await intake.channel.queue_unbind(self._work, names.commands, self.session, timeout=timeout_s)
+        await asyncio.sleep(UNBOUND_S)
+        return not await self._messages(link, self._work)
 
-    async def _exists(self, link: Link, queue: str) -> bool:
+    async def _messages(self, link: Link, queue: str) -> int | None:
+        """How many wait in a queue; also 0 for one without leader. None: there is no such queue."""
         channel = await link.channel()  # one of its own: RabbitMQ closes it when there is no such queue
         try:
-            await channel.declare_queue(queue, passive=True)
+            declared = await channel.declare_queue(queue, passive=True)
         except aiormq.exceptions.ChannelNotFoundEntity as error:
             if "no queue" in str(error):
-                return False
+                return None
             raise  # it is there, but the node of the cluster that has it is down
         await _discard(channel)
-        return True
+        return declared.declaration_result.message_count or 0
 
     async def _ripen(self, intake: Intake) -> None:
         """Let commands into the work queue when it is old enough."""
@@ -616,8 +625,14 @@ class AmqpClaim:
             self._control_tag = None
             await asyncio.sleep(UNBOUND_S)
             await self._drain(intake)
-            await intake.channel.queue_delete(self._control, timeout=timeout_s)
-            await intake.channel.queue_delete(self._work, timeout=timeout_s)
+            await intake.channel.queue_delete(self._control, if_empty=True, timeout=timeout_s)
+            deleted = await intake.channel.queue_delete(self._work, timeout=timeout_s)  # quorum queues know no `if_empty`
+            if deleted.message_count:
+                self._log.bind(action="claim.commands_deleted").error(
+                    "{} commands came to session {} while it was removed, and went with its queue.",
+                    deleted.message_count,
+                    self.session,
+                )
             await intake.channel.queue_delete(self._new, timeout=timeout_s)
 
     async def _drain(self, intake: Intake) -> None:
