@@ -745,6 +745,29 @@ async def test_a_damaged_state_beside_a_rebuilt_registry_is_replaced_but_not_by_
     assert await a.restorer.rescue(replace(a.owners["other"].record, epoch=2), lambda *_: None) is None
 
 
+async def test_a_new_pairing_that_was_cut_off_before_it_had_a_state_does_not_bring_back_the_unlinked_phone(machines: Any) -> None:
+    a, b = await machines("a"), await machines("b")
+    owner = await a.create("acme", "unlinked")
+    await a.back_up("acme", "unlinked")
+    owner.record = replace(owner.record, epoch=2, paired=False)
+    await a.states.prepare("acme", 2)
+    await a.again()
+    assert await a.check("acme") is None
+    assert not await a.states.has_state("acme", 2)
+    # The phone that was linked, without its state, comes back as ever; and so does what another one has put since.
+    a.owners["acme"].record = replace(owner.record, epoch=1, paired=True)
+    await a.again()
+    assert (await a.check("acme")).row.epoch == 3
+    b.serve(SessionRecord("acme", 1, Desired.RUNNING))
+    assert (await b.check("acme")).row.epoch == 4
+    assert await b.back_up("acme", "b1") == "4/1"
+    a.owners["acme"].record = replace(owner.record, epoch=4, paired=False)
+    await a.states.remove("acme")
+    await a.states.prepare("acme", 4)
+    await a.again()
+    assert (await a.check("acme")).row.epoch == 5
+
+
 async def test_an_epoch_that_has_passed_another_owners_makes_nothing_newer(machines: Any) -> None:
     """A registry that was rebuilt counts its epochs on, whatever has happened in the store."""
     a, b = await machines("a"), await machines("b")

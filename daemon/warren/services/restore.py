@@ -250,7 +250,9 @@ class Restorer:
     async def _local(self, record: SessionRecord, row: BackupRow | None) -> Local | None:
         epoch = await self._state_dir.current_epoch(record.session)
         if epoch is None or not await self._state_dir.has_state(record.session, epoch):
-            return None
+            # A new pairing was ordered after an unlinking, and cut off before it had a state: the store has the unlinked phone.
+            begun = row is not None and record.epoch > row.epoch and not record.paired
+            return Local(_recorded(record, row)) if begun else None
         intent = Place(row.epoch, row.sequence + 1) if row is not None and row.attempts else None
         return Local(_recorded(record, row), intent)
 
