@@ -69,12 +69,15 @@ class World:
     def __init__(self) -> None:
         self.processes: list[PlayedEngine] = []
         self.heard: list[tuple[str, str, str | None]] = []
+        self.may_start = asyncio.Event()
+        self.may_start.set()
 
     async def begin(self) -> None:
         self.engines = Engines(self._start, OPTIONS, random01=lambda: 0.5)
         await self.engines.start()
 
     async def _start(self) -> PlayedEngine:
+        await self.may_start.wait()
         self.processes.append(PlayedEngine(len(self.processes)))
         return self.processes[-1]
 
@@ -129,6 +132,17 @@ async def test_a_process_above_its_ceiling_is_closed_and_replaced_with_only_its_
     assert not sound.killed
     assert "stop" not in sound.asked
     assert await world.open("a") not in {leaking, sound}
+
+
+async def test_sessions_that_open_while_an_engine_starts_do_not_overfill_it(world: World) -> None:
+    await world.open("a")
+    await world.open("b")
+    world.may_start.clear()
+    opening = [asyncio.create_task(world.engines.open(s, 1, world.hear)) for s in ("c", "d", "e")]
+    await true(lambda: len(world.engines.vitals()) > 1)
+    world.may_start.set()
+    await asyncio.wait_for(asyncio.gather(*opening), 30)
+    assert [vitals.sessions for vitals in world.engines.vitals()] == [2, 2, 1]
 
 
 async def test_a_peak_is_no_leak(world: World) -> None:

@@ -96,6 +96,8 @@ class _Host:
         self._strays = 0
         self._end = "engine_lost"
         self.sessions: dict[str, _Open] = {}
+        self.coming = 0
+        """Sessions that wait for the process to be up; they have their places already."""
         self._start, self._options, self._random01 = start, options, random01
         self._pending: dict[int, asyncio.Future[Response]] = {}
         self._next_id = 0
@@ -338,7 +340,11 @@ class Engines:
         knows whether it is open: `close` it.
         """
         host = self._where.get(session) or self._host_with_room()
-        await host.ready(self._options.hello_timeout_s)
+        host.coming += 1
+        try:
+            await host.ready(self._options.hello_timeout_s)
+        finally:
+            host.coming -= 1
         self._where[session] = host
         host.sessions[session] = _Open(generation, on_event)
         given = {name: value for name, value in arguments.items() if value is not None}
@@ -388,7 +394,7 @@ class Engines:
 
     def _host_with_room(self) -> _Host:
         for host in self._hosts:
-            if len(host.sessions) < self._options.sessions_per_process:
+            if len(host.sessions) + host.coming < self._options.sessions_per_process:
                 return host
         host = _Host(len(self._hosts), self._start, self._options, self._random01, self._metrics)
         self._hosts.append(host)
