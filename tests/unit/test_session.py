@@ -45,6 +45,7 @@ class PlayedEngines:
         self.refusals: dict[str, EngineError] = {}
         """By operation; others are answered."""
         self.answered: list[EngineEvent] = []
+        self.refused: list[EngineEvent] = []
 
     async def open(self, session: str, generation: int, on_event: OnEvent, **arguments: Any) -> dict[str, Any]:
         self.listener, self.generation = on_event, generation
@@ -58,7 +59,7 @@ class PlayedEngines:
         return {"message_id": "3EB0", "timestamp": "2026-11-20T12:00:00Z"}
 
     def answer(self, event: EngineEvent, *, ok: bool) -> None:
-        self.answered.append(event)
+        (self.answered if ok else self.refused).append(event)
 
     def forget(self, session: str, generation: int) -> None:
         pass
@@ -551,6 +552,29 @@ async def test_commands_do_not_wait_for_ever_for_a_store_that_is_away(monkeypatc
         await reached(session, State.STOPPED)
         session.command(Command("create").task())
         await opening(engines)
+
+
+@pytest.mark.parametrize("reason", ["state_unreadable", "qr_expired"])
+async def test_an_end_that_the_table_does_not_know_is_a_lost_connection(reason: str) -> None:
+    async with running(paired=True) as (session, engines, store):
+        await online(session, engines)
+        engines.says("disconnected", reason=reason)
+        await opening(engines)
+        lost = next(told for told in store.told if told.get("state") == "backing_off")
+        assert (lost["previous"], lost["code"]) == ("online", reason)
+
+
+async def test_a_message_that_meets_a_bug_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(paired=True) as (session, engines, _):
+        await online(session, engines)
+        event = EngineEvent("message", "acme", engines.generation, MESSAGE, 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(session._deps.delivery, "submit", lambda *_, **__: 1 / 0)
+            engines.listener(event)
+        assert (engines.refused, engines.answered) == ([event], [])
+        engines.listener(event)
+        await true(lambda: engines.answered == [event])
+        assert session._unanswered[1] == 0
 
 
 async def test_an_engine_that_floods_is_told_apart_and_its_end_is_heard() -> None:

@@ -747,6 +747,9 @@ class Session:
             taken = step(self.state, trigger)
         except IllegalTrigger as e:
             self._log.bind(action="illegal_trigger").error("{}", e)
+            if trigger in _ENDS and self.state in LIVE:
+                # Its generation is over all the same, and nothing else would bring the session out of this state.
+                await self._apply(Trigger.LOST, cause, data)
             return
         before = self.state
         if trigger in {Trigger.START, Trigger.STOP} and taken.to is before:
@@ -1182,6 +1185,13 @@ class Session:
         self._unanswered = (event.generation, waiting + 1 if of == event.generation else 1)
         if self._unanswered[1] > UNANSWERED:
             raise Flood(f"The engine does not wait for answers of session {self.id}.")
+        try:
+            self._take_in(event)
+        except Exception:
+            self._log.bind(action="session_bug").exception("Taking in {} failed; WhatsApp keeps it.", event.event)
+            self._answer(event, ok=False)
+
+    def _take_in(self, event: EngineEvent) -> None:
         arrived = events.inbound(event)
         if arrived.event == "message":
             self._last_message_at = timestamp(self._deps.now())
@@ -1193,11 +1203,11 @@ class Session:
         else:
             ticket.safe.add_done_callback(lambda _: self._answer(event))
 
-    def _answer(self, event: EngineEvent) -> None:
+    def _answer(self, event: EngineEvent, *, ok: bool = True) -> None:
         of, waiting = self._unanswered
         if of == event.generation:
             self._unanswered = (of, waiting - 1)
-        self._deps.engines.answer(event, ok=True)
+        self._deps.engines.answer(event, ok=ok)
 
     # --- messages out
 
