@@ -192,6 +192,7 @@ class MemoryBus:
     def __init__(self) -> None:
         self.connected = asyncio.Event()
         self.connected.set()
+        self.trouble = ""
         self.published: list[tuple[str, str]] = []
         """(message id, routing key), each try."""
         self.headers: dict[str, dict[str, str]] = {}

@@ -107,6 +107,11 @@ class Bus(Protocol):
         """Set while both connections are up and the topology is declared."""
         ...
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with RabbitMQ, with a hint; empty when nothing is. It may block publishers while connected."""
+        ...
+
     async def publish(
         self,
         exchange: str,

@@ -79,6 +79,12 @@ async def test_what_keeps_it_from_its_work(world: World) -> None:
     assert "cannot be read" in next(p.message for p in world.health.problems() if p.code == "disk_full")
 
 
+async def test_a_rabbitmq_that_blocks_publishers_is_named(world: World) -> None:
+    world.bus.trouble = "RabbitMQ blocks publishers."
+    assert world.codes() == ["rabbitmq_blocked"]
+    assert world.health.ready
+
+
 async def test_events_that_cannot_be_stored(world: World) -> None:
     world.delivery.trouble = "The outbox holds 1000 bytes, its limit."
     assert world.codes() == ["store_trouble"]

@@ -16,6 +16,8 @@ from warren.services.fleet import Fleet
 NEED_SOMEONE = (State.LOGGED_OUT, State.REPLACED, State.BLOCKED, State.OUTDATED, State.QUARANTINED)
 """States that end only when somebody does something, or waits."""
 
+_WAITS = "Events wait on disk, commands in RabbitMQ; it goes on by itself when RabbitMQ takes them again."
+
 
 class Backing(Protocol):
     """What is asked of backups."""
@@ -69,7 +71,7 @@ class Health:
 
     def _rabbitmq(self) -> list[Problem]:
         if self._bus.connected.is_set():
-            return []
+            return [Problem("rabbitmq_blocked", self._bus.trouble, _WAITS, blocking=False)] if self._bus.trouble else []
         return [
             Problem(
                 "rabbitmq_away",
