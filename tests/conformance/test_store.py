@@ -303,6 +303,7 @@ async def test_a_failing_unit_changes_nothing_and_fails_alone(any_store: Store) 
     later = any_store.write(AddEvent(event("acme", 3, body=b"3")))
     results = await asyncio.gather(good, bad, unstorable, later, return_exceptions=True)
     assert [type(r) for r in results] == [type(None), StateError, TypeError, type(None)]
+    assert not getattr(results[1], "retryable", True), "it is the row's trouble, not the disk's"
     assert [r.sequence for r in await any_store.outbox_page("acme", (0, 0), 10)] == [1, 2, 3]
     assert await any_store.outcome("acme", "order-1") is None
     assert await any_store.outbox_bytes() == len(b"first") + 3
