@@ -164,7 +164,9 @@ class Daemon:
             self._tell_rebuilt(rebuilt)
         await p.bus.start()
         p.health.started = True
-        logger.bind(action="ready", instance=s.instance).info("warrend {} is ready.", __version__)
+        logger.bind(action="started", instance=s.instance).info(
+            "warrend {} has started; sessions connect to {}.", __version__, s.whatsapp.endpoint or "WhatsApp"
+        )
 
     async def stop(self) -> bool:
         """Stop in order, each step within its budget. True when everything was clean: nothing cut, the outbox empty.

@@ -290,6 +290,9 @@ class Doctor:
             self._tell("engine", "ok", f"{program}: version {version}, whatsmeow {told.get('whatsmeow')}.")
 
     async def _whatsapp_version(self) -> None:
+        if (endpoint := self._settings.whatsapp.endpoint) is not None:
+            self._tell("whatsapp", "ok", f"Sessions connect to a simulator, {endpoint}, not to WhatsApp.")
+            return
         if pinned := self._settings.whatsapp.version:
             self._tell("whatsapp", "warn", f"[whatsapp] version is fixed to {pinned}.", "Remove it, unless that is meant.")
             return

@@ -112,7 +112,7 @@ class SendArgs(_Strict):
     def _recipient(cls, to: str) -> str:
         if _PHONE.fullmatch(to) or _JID.fullmatch(to):
             return to
-        raise ValueError("a recipient is a phone number like +15551234567 or a JID like 15551234567@s.whatsapp.net")
+        raise ValueError("a recipient is a phone number with its +, like +15551234567, or a JID like 15551234567@s.whatsapp.net")
 
     @property
     def jid(self) -> str:
