@@ -103,6 +103,9 @@ class HereState:
     async def prepare(self, session: str, epoch: int) -> Path:
         return Path(f"/nowhere/{epoch}")
 
+    async def tidy(self, session: str) -> None:
+        pass
+
 
 OPTIONS = SessionOptions(reconnect_base_s=0.02, reconnect_cap_s=0.2, alarm_after=3)
 
@@ -217,8 +220,8 @@ async def test_attempts_that_get_nowhere_back_off_and_raise_one_alarm() -> None:
 async def test_a_device_row_that_is_gone_means_logged_out_and_no_new_qr() -> None:
     async with running(paired=True) as (session, engines, store):
         engines.paired = False
-        await reached(session, State.LOGGED_OUT)
-        assert store.records["acme"].halted == "logged_out"
+        await true(lambda: store.records["acme"].halted == "logged_out")
+        assert session.state is State.LOGGED_OUT
         assert engines.opened.qsize() == 1
 
 
