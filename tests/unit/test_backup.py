@@ -551,6 +551,18 @@ async def test_the_local_state_wins_when_it_is_the_newest(machines: Any, objects
     assert a.places("acme") == ["1/1"]
 
 
+async def test_a_session_that_does_not_change_is_backed_up_in_another_store_too(machines: Any) -> None:
+    a = await machines()
+    await a.create("acme", "one")
+    await a.back_up("acme", "one")
+    a.objects = MemoryObjects()
+    await a.again()
+    assert await a.check("acme") is None
+    assert await a.back_up("acme", "one") == "1/2"
+    assert a.places("acme") == ["1/2"]
+    assert await a.kinds("acme") == [Kind.STATE]
+
+
 async def test_local_mode_left_before_the_first_backup(machines: Any) -> None:
     """local -> hybrid: what exists is backed up; nothing in the store speaks against it."""
     a = await machines()

@@ -207,9 +207,14 @@ class Restorer:
         row = await self._store.backup(session)
         local = await self._local(record, row)
         while True:
-            match decide(local, await self._look(vault, session)):
+            places = await self._look(vault, session)
+            match decide(local, places):
                 case Fresh() | UseLocal():
-                    self._backups.settle(session, row)
+                    if row is not None and row.sequence and Place(row.epoch, row.sequence) not in places:
+                        # Another store than last time: an unchanged session needs a backup there, too.
+                        self._backups.settle(session, replace(row, digest=""), at_once=True)
+                    else:
+                        self._backups.settle(session, row)
                     return None
                 case CheckIntent(place):
                     assert row is not None
