@@ -616,7 +616,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CONFIG
     configure_log(settings)
     # systemd's watchdog ends what hangs with SIGABRT: the log then shows where, without the values of variables.
-    faulthandler.enable(all_threads=False)  # of the loop: looking at threads that run crashes now and then
+    faulthandler.enable()
     return asyncio.run(serve(settings, load))
 
 
