@@ -160,7 +160,7 @@ async def test_a_loop_that_is_blocked_misses_the_watchdog_and_the_next_start_is_
         await unit.start()
         await until(lambda: unit.ready, f"READY=1, see {unit.log}")
         os.kill(unit.pid, signal.SIGSTOP)
-        # The handler that writes the stacks looks at threads that run, and crashes on one now and then: then it ends all the same.
+        # What writes the stacks looks at threads that run, and crashes on one now and then: it ends all the same.
         ended = await unit.supervise()
         assert ended in {-signal.SIGABRT, -signal.SIGSEGV}
         assert unit.missed_watchdogs == 1
