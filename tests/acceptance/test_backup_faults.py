@@ -63,7 +63,7 @@ def kinds(whole: dict[str, dict[str, Sealed]], session: str) -> list[str]:
 QUICK = {"interval_s": "1", "timeout_s": "2", "start_wait_s": "3", "alarm_after": "2"}
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 async def test_a_store_that_is_away_slow_or_broken_stops_nobody(
     tmp_path: Path, broker: Broker, prefix: str, s3: str, buckets: Callable[[str], Bucket]
 ) -> None:
@@ -99,7 +99,8 @@ async def test_a_store_that_is_away_slow_or_broken_stops_nobody(
                 backup = (await rig.call("status", "acme")).result["backup"]
                 return backup["failures"] == 0 and not backup["pending"]
 
-            await until(recovered, "a backup after the outage", 60)
+            # The pause before the next try has grown with the outage.
+            await until(recovered, "a backup after the outage", 60 + 2 * plan().bucket_outage_s)
             assert rig.warrend.log.read_text().count('"action":"backup_recovered"') == 1
 
             # Slow, and failing now and then.
